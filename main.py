@@ -1,0 +1,1097 @@
+"""Train, track and understand your first convolutional network, on MNIST.
+
+python main.py                          train the CNN: 7 epochs of 60,000 digits
+python main.py --model fc               train the fully connected baseline instead
+python main.py --limit 2000 --epochs 1  a quick look
+python main.py --resume runs/NAME       go on with a run that was stopped
+python main.py --help                   every flag; each is a constant below
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import pickletools
+import platform
+import queue
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import zipfile
+from http.client import HTTPException
+from importlib.metadata import version
+from pathlib import Path
+
+# ======================================================================================
+# Settings: the experiment. Edit them here, or use the flags: EPOCHS is --epochs.
+# ======================================================================================
+
+# What is trained, and how
+MODEL = "cnn"  # cnn (CNN) or fc (FullyConnectedModel)
+EPOCHS = 7  # passes over the training images
+BATCH_SIZE = 64  # images per step
+LR = 0.01  # learning rate
+OPTIMIZER = "sgd"  # sgd or adam
+SEED = 0  # of the initial weights and of the shuffling
+LIMIT = 0  # train on the first so many images only; 0: on all 60,000
+
+# Where
+DEVICE = "auto"  # auto (the best that is there), cpu, cuda or mps
+DATA_DIR = str(Path(__file__).resolve().parent / "data")  # has MNIST/raw/*.gz
+OUTPUT_DIR = "runs"  # each run makes a new folder in it
+
+# Tracking on comet.com
+COMET = (
+    "auto"  # auto (online if there is an API key, else offline), online, offline, off
+)
+COMET_API_KEY = "YOUR_API_KEY_HERE"  # or the variable COMET_API_KEY, or ~/.comet.config
+COMET_PROJECT = "mnist-cnn"
+
+# --------------------------------------------------------------------------------------
+# The flags: made from these constants, and checked before the slow imports below
+# --------------------------------------------------------------------------------------
+
+FLAGS = {  # name: (default, what it may be, help)
+    "model": (MODEL, ("cnn", "fc"), "CNN or FullyConnectedModel"),
+    "epochs": (EPOCHS, range(1, 10_001), "passes over the training images"),
+    "batch_size": (BATCH_SIZE, range(1, 60_001), "images per step"),
+    "lr": (LR, float, "learning rate"),
+    "optimizer": (OPTIMIZER, ("sgd", "adam"), "what updates the weights"),
+    "seed": (SEED, range(2**32), "of the initial weights and of the shuffling"),
+    "limit": (LIMIT, range(60_001), "train on the first N images only; 0: all"),
+    "device": (DEVICE, ("auto", "cpu", "cuda", "mps"), "auto: the best that is there"),
+    "data_dir": (DATA_DIR, Path, "folder that has MNIST/raw/*.gz, or gets them"),
+    "output_dir": (OUTPUT_DIR, Path, "folder in which each run makes a new one"),
+    "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
+}
+RESUMABLE = ("epochs", "device", "comet")  # settings that a resumed run may change
+
+
+class UserError(Exception):
+    """What went wrong, for the user: one line on standard error, then exit."""
+
+    status = 1
+
+
+class InputError(UserError):
+    """The command line or an input file is wrong."""
+
+    status = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, signum):
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.status = 128 + signum
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (python main.py --help lists the flags)")
+
+
+def read_setting(text, allowed):
+    """Return the value that `text` stands for; ArgumentTypeError if not `allowed`."""
+    value, wanted, good = text, "a folder", False
+    if isinstance(allowed, tuple):
+        wanted, good = "one of " + ", ".join(allowed), text in allowed
+    elif isinstance(allowed, range):
+        wanted = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
+        value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+        good = value in allowed
+    elif allowed is float:
+        wanted = "a number above 0"
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            good = 0 < value < math.inf
+    elif text:
+        good = os.path.isdir(text) or not os.path.lexists(text)
+    if not good:
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
+    return value
+
+
+def read_settings(argv):
+    """Return the settings, a dict: the flags in `argv`, else the constants above.
+
+    Its "resume" is the folder of a run to go on with, or None; such a run keeps its own
+    settings, save the RESUMABLE ones. Raises InputError.
+    """
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that we see what was typed
+        allow_abbrev=False,
+    )
+    for name, (default, allowed, text) in FLAGS.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=lambda text, allowed=allowed: read_setting(text, allowed),
+            metavar="|".join(allowed) if isinstance(allowed, tuple) else "X",
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a stopped run")
+    given = vars(parser.parse_args(argv))
+    run = given.pop("resume", None)
+
+    if run is None:
+        origin = "the constant {} in main.py"
+        settings = {name: default for name, (default, *_) in FLAGS.items()}
+    else:
+        config = Path(run, "config.json")
+        origin = f"{config}: {{}}"
+        try:
+            settings = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            settings = {name: settings[name] for name in FLAGS}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{config}: {type(error).__name__}: {error}"
+            raise InputError(f"--resume: {run} is no run's folder ({reason})") from None
+    for name, (_, allowed, _) in FLAGS.items():
+        try:
+            settings[name] = read_setting(str(settings[name]), allowed)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{origin.format(name.upper())} {error}") from None
+        if (
+            run
+            and name not in RESUMABLE
+            and given.get(name, settings[name]) != settings[name]
+        ):
+            flag = f"--{name.replace('_', '-')} {given[name]}"
+            raise InputError(
+                f"{flag}: the run to resume has {settings[name]}; leave it out"
+            )
+    settings |= given
+
+    images = settings["limit"] or 60_000
+    if settings["batch_size"] > images:
+        raise InputError(
+            f"--batch-size must be from 1 to {images:,}, the training images"
+        )
+    system, device = platform.system(), settings["device"]
+    drivers = ("nvidia", "nvhost", "nvmap", "kfd", "dxg")  # NVIDIA, Jetson, AMD, WSL
+    no_gpu = system == "Darwin" or (
+        system == "Linux" and not any(d.startswith(drivers) for d in os.listdir("/dev"))
+    )
+    if (device == "cuda" and no_gpu) or (device == "mps" and system != "Darwin"):
+        raise InputError(f"--device {device}: there is none here; use auto or cpu")
+    return {**settings, "resume": run}
+
+
+def report(error):
+    """Print an error as one line on standard error; return the exit status."""
+    print("main.py:", " ".join(str(error).split()), file=sys.stderr)
+    return getattr(error, "status", 1)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing to save yet
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    try:
+        SETTINGS = read_settings(sys.argv[1:])
+    except InputError as error:
+        sys.exit(report(error))
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torchsummary import summary
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+# ======================================================================================
+# Models
+# ======================================================================================
+
+
+class CNN(nn.Module):
+    """Two convolutions and two linear layers: 124,670 parameters."""
+
+    # Two 3x3 convolutions and two 2x2 poolings never look at the last two rows and columns
+    # of 28x28 (28 > 26 > 13 > 11 > 5, and 26 > 24 > 12 > 10 > 5): we need not feed them.
+    seen = 26
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, kernel_size=3)
+        self.pool1 = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.conv2 = nn.Conv2d(24, 36, kernel_size=3)
+        self.pool2 = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(36 * 5 * 5, 128)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x):
+        """Map normalised images, (N, 1, 28, 28) or (N, 1, 26, 26), to logits (N, 10)."""
+        # Convolution, ReLU, max-pool. Since max(relu(a), relu(b)) = relu(max(a, b)), the
+        # ReLU may come after the pooling, where it has a quarter of the work.
+        x = F.relu(self.pool1(self.conv1(x)))  # (N, 24, 13, 13)
+        x = F.relu(self.pool2(self.conv2(x)))  # (N, 36, 5, 5)
+        x = self.relu(self.fc1(self.flatten(x)))  # (N, 900) -> (N, 128)
+        return self.fc2(x)
+
+
+class FullyConnectedModel(nn.Module):
+    """The baseline: every pixel to every one of 128 units; 101,770 parameters."""
+
+    seen = 28  # rows and columns of the image that the model looks at
+
+    def __init__(self):
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(28 * 28, 128)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x):
+        """Map normalised images (N, 1, 28, 28) to logits (N, 10)."""
+        x = self.relu(self.fc1(self.flatten(x)))  # (N, 784) -> (N, 128)
+        return self.fc2(x)
+
+
+MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
+
+
+# ======================================================================================
+# Data
+# ======================================================================================
+
+MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
+SIZES = 9_912_422, 28_881, 1_648_877, 4_542  # bytes, of the files in MNIST.resources
+
+
+def find_fault(archive, md5):
+    """Return what is wrong with a file, or None if its MD5 sum is as it should be."""
+    try:
+        if not archive.is_file():
+            return "missing"
+        if not check_integrity(archive, md5):
+            return f"damaged ({archive.stat().st_size:,} bytes with another MD5 sum)"
+    except OSError as error:
+        return f"not readable ({error.strerror})"
+
+
+def load_mnist(data_dir):
+    """Load MNIST from its four archives in `data_dir`/MNIST/raw.
+
+    An archive that is missing or damaged there is replaced by the one that comes with
+    this script, else from torchvision's mirrors. All is unpacked in a temporary folder:
+    nothing half unpacked is ever read, and `data_dir` may be read-only.
+    Returns train images, train labels, test images, test labels: uint8 (60000, 28, 28),
+    int64 (60000,), uint8 (10000, 28, 28), int64 (10000,). Raises InputError.
+    """
+    raw = Path(data_dir, "MNIST", "raw")
+    bundled = Path(__file__).resolve().parent / "data" / "MNIST" / "raw"
+    faults = {}
+    with tempfile.TemporaryDirectory(prefix="mnist-") as scratch:
+        unpacked = Path(scratch, "MNIST", "raw")
+        unpacked.mkdir(parents=True)
+        for name, md5 in MNIST.resources:
+            if fault := find_fault(raw / name, md5):
+                faults[name] = f"{raw / name} is {fault}"
+            for source in (raw, bundled):
+                if not find_fault(source / name, md5):
+                    shutil.copyfile(source / name, unpacked / name)
+                    break
+            else:
+                print(f"{faults[name]}: trying torchvision's mirrors", file=sys.stderr)
+        socket.setdefaulttimeout(20)  # seconds: a silent mirror must not hang the run
+        try:
+            train = MNIST(scratch, train=True, download=True)
+            test = MNIST(scratch, train=False)
+        except (OSError, RuntimeError, HTTPException):
+            for (name, md5), size in zip(MNIST.resources, SIZES):
+                if find_fault(unpacked / name, md5):
+                    what = f"the archive of {size:,} bytes with MD5 sum {md5}"
+                    advice = f"and no mirror has it; put {what} there (data/README.md)"
+                    raise InputError(f"{faults[name]}, {advice}") from None
+            raise
+        finally:
+            socket.setdefaulttimeout(None)
+        for name, fault in faults.items():
+            try:
+                raw.mkdir(parents=True, exist_ok=True)
+                write_file(raw / name, (unpacked / name).read_bytes())
+                print(f"{fault}: put the original there", file=sys.stderr)
+            except (OSError, UserError):
+                print(f"{fault}: took the original from elsewhere", file=sys.stderr)
+    return train.data, train.targets, test.data, test.targets
+
+
+def prepare(images, model, device):
+    """Put uint8 images (N, 28, 28) on the device as normalised floats (N, 1, H, W).
+
+    H and W are what of the 28 rows and columns the model sees. Bytes travel, not floats.
+    """
+    x = images[:, None, : model.seen, : model.seen].to(device).float()
+    return x.div_(255).sub_(MEAN).div_(STD)
+
+
+def make_batches(images, labels, batch_size, order=None):
+    """Yield (images, labels) a batch at a time, in the given order of indices."""
+    if order is None:
+        yield from zip(images.split(batch_size), labels.split(batch_size))
+    else:
+        for chosen in order.split(batch_size):
+            yield images[chosen], labels[chosen]
+
+
+# ======================================================================================
+# Training and evaluation
+# ======================================================================================
+
+
+def select_device(name="auto"):
+    """Return the torch.device called `name`; for "auto" the best that is there.
+
+    Raises UserError (status 2) if there is none of that name.
+    """
+    there = {
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        advice = "use auto, or one of " + ", ".join(d for d in there if there[d])
+        raise UserError(f"--device {name}: PyTorch finds none here; {advice}", 2)
+    return torch.device(name)
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+
+def train_epoch(model, batches, loss_function, optimizer, on_step):
+    """Train the model on every batch once; return (mean loss, accuracy) on the way.
+
+    `batches` yields images (N, 1, H, W) and labels (N,). After every step
+    on_step(loss) is called with the batch's mean loss, a tensor on the device.
+    """
+    model.train()
+    loss_sum = correct = count = 0
+    for images, labels in batches:
+        logits = model(images)  # forward: (N, 10)
+        loss = loss_function(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()  # update
+
+        # The sums stay on the device: reading a number would wait for it, every step.
+        loss = loss.detach()
+        loss_sum += loss * len(labels)
+        correct += (logits.argmax(dim=1) == labels).sum()
+        count += len(labels)
+        on_step(loss)
+    return float(loss_sum) / count, int(correct) / count
+
+
+@torch.no_grad()
+def evaluate(model, batches, loss_function=F.cross_entropy):
+    """Return the model's (mean loss, accuracy) over all images of `batches`.
+
+    `batches` yields images and labels, as a DataLoader does; every image weighs the
+    same, whatever the size of its batch. `loss_function` returns a batch's mean loss.
+    The model is left in the mode, training or evaluation, that it was in.
+    Raises ValueError if there are no images.
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum = correct = count = 0
+    for images, labels in batches:
+        logits = model(images)
+        loss_sum += loss_function(logits, labels) * len(labels)
+        correct += (logits.argmax(dim=1) == labels).sum()
+        count += len(labels)
+    model.train(was_training)
+    if not count:
+        raise ValueError("evaluate() was given no images")
+    return float(loss_sum) / count, int(correct) / count
+
+
+# ======================================================================================
+# From here on: what shows, tracks and keeps the above. Read it when you need it.
+#
+# The loss while it falls
+# ======================================================================================
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"  # told apart by all eyes
+
+
+class LossHistory:
+    """Exponentially smoothed values: the first one raw, then a * last + (1 - a) * value.
+
+    The interface and the numbers of LossHistory in mitdeeplearning.util 0.7.5.
+    """
+
+    def __init__(self, smoothing_factor=0.0):
+        self.smoothing_factor = smoothing_factor
+        self.loss = []
+
+    def append(self, value):
+        """Add a value."""
+        if self.loss:
+            a = self.smoothing_factor
+            value = a * self.loss[-1] + (1 - a) * value
+        self.loss.append(value)
+
+    def get(self):
+        """Return the smoothed values, oldest first."""
+        return self.loss
+
+
+class PeriodicPlotter:
+    """Draws a growing curve into the PNG file `path`, no more often than every `sec` s.
+
+    The interface of PeriodicPlotter in mitdeeplearning.util 0.7.5. `scale` is None,
+    "semilogx", "semilogy" or "loglog"; ValueError if it is anything else.
+    """
+
+    def __init__(self, sec, xlabel="", ylabel="", scale=None, path=None):
+        if scale not in (None, "semilogx", "semilogy", "loglog"):
+            raise ValueError(f"unrecognized parameter scale {scale!r}")
+        self.sec, self.path = sec, path
+        self.figure = Figure(figsize=(7, 4), layout="constrained")
+        self.axes = self.figure.subplots()
+        self.axes.set(xlabel=xlabel, ylabel=ylabel)
+        self.axes.set_xscale("log" if scale in ("semilogx", "loglog") else "linear")
+        self.axes.set_yscale("log" if scale in ("semilogy", "loglog") else "linear")
+        self.axes.grid(which="both", alpha=0.3)
+        (self.curve,) = self.axes.plot([], [], color=BLUE, linewidth=1.2)
+        self.drawn = time.monotonic()
+
+    def plot(self, data):
+        """Draw if it is time: return the picture (PNG, bytes), else None."""
+        if time.monotonic() - self.drawn >= self.sec:
+            return self.draw(data)
+
+    def draw(self, data):
+        """Draw now, up to the last point: return the picture (PNG, bytes)."""
+        self.curve.set_data(range(1, len(data) + 1), data)
+        self.axes.relim()
+        self.axes.autoscale_view()
+        png = save_picture(self.figure, self.path)
+        self.drawn = time.monotonic()
+        return png
+
+
+class Monitor:
+    """What a person sees of the training: progress bar, loss curve, Comet.
+
+    The losses wait on the device until somebody could see them, five times a second.
+    """
+
+    def __init__(self, losses, plotter, tracker):
+        self.losses = losses  # a list: of every step since the first epoch
+        self.smoothed = LossHistory(smoothing_factor=0.95)
+        for loss in losses:
+            self.smoothed.append(loss)
+        self.plotter, self.tracker = plotter, tracker
+        self.bar = None  # a tqdm, a new one each epoch
+        self.waiting, self.shown = [], time.monotonic()
+
+    def step(self, loss):
+        """Take the loss of one step, a tensor on any device."""
+        self.waiting.append(loss)
+        if time.monotonic() - self.shown >= 0.2:
+            self.show()
+
+    def show(self):
+        """Show every step so far. Raises UserError if a loss is not finite."""
+        values = torch.stack(self.waiting).tolist() if self.waiting else []
+        self.waiting.clear()
+        for value in values:
+            if not math.isfinite(value):
+                where = f"the loss is {value} at step {len(self.losses) + 1:,}"
+                raise UserError(f"training went wrong: {where}; try a smaller --lr")
+            self.losses.append(value)
+            self.smoothed.append(value)
+        smoothed, step = self.smoothed.get(), len(self.losses)
+        self.bar.set_postfix(loss=f"{smoothed[-1]:.4f}", refresh=False)
+        self.bar.update(len(values))
+        self.tracker.log_losses(values, step)
+        if png := self.plotter.plot(smoothed):
+            self.tracker.log("log_image", png, name="loss_curve", step=step)
+        self.shown = time.monotonic()
+
+
+# ======================================================================================
+# Pictures: what the network makes of test digits
+# ======================================================================================
+
+
+def show_digit(axes, image, title, right):
+    """Show a digit (28, 28); sign and frame tell if it was read right, not colour alone."""
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[])
+    colour, sign = (BLUE, "✓") if right else (VERMILION, "✗ WRONG")
+    axes.set_title(f"{title} {sign}", color=colour, fontsize=10)
+    axes.spines[:].set(color=colour, linewidth=1 if right else 4)
+
+
+def draw_sample(image, probabilities, label):
+    """Return a Figure: a digit (28, 28) with its predicted and its true label."""
+    figure = Figure(figsize=(3, 3.4), layout="constrained")
+    digit = int(probabilities.argmax())
+    title = f"predicted {digit}, true label {label}"
+    show_digit(figure.subplots(), image, title, digit == label)
+    return figure
+
+
+def draw_detail(image, probabilities, label):
+    """Return a Figure: a digit (28, 28) beside a bar chart of its ten probabilities."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, chart = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    digit = int(probabilities.argmax())
+    show_digit(left, image, f"predicted {digit}, true label {label}", digit == label)
+    percent = [100 * float(p) for p in probabilities]
+    bars = chart.bar(range(10), percent, color=GREY)
+    bars[digit].set(color=BLUE if digit == label else VERMILION)
+    chart.bar_label(bars, [f"{p:.1f}" for p in percent], fontsize=8)
+    chart.set(xlabel="digit", ylabel="probability (%)", xticks=range(10), ylim=(0, 110))
+    chart.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_grid(images, probabilities, labels):
+    """Return a Figure: 5 rows of 4 digits with prediction, probability and true label."""
+    figure = Figure(figsize=(8, 10), layout="constrained")
+    digits = zip(figure.subplots(5, 4).flat, images, probabilities, labels)
+    for axes, image, p, label in digits:
+        digit = int(p.argmax())
+        title = f"{digit} ({100 * p[digit]:.1f} %), true {label}"
+        show_digit(axes, image, title, digit == label)
+    return figure
+
+
+# ======================================================================================
+# Files: whole or not there, and read with care
+# ======================================================================================
+
+
+def write_file(path, data):
+    """Write bytes to `path`, whole or not at all. Raises UserError."""
+    beside = Path(f"{path}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def save_picture(figure, path=None):
+    """Return the figure as PNG (bytes); write it to `path`, if there is one."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    if path is not None:
+        write_file(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_json(path, values):
+    """Write a dict to `path` as JSON."""
+    write_file(path, json.dumps(values, indent=2).encode() + b"\n")
+
+
+def save_tensors(path, values):
+    """Write tensors, and plain values beside them, for load_tensors."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_tensors(path):
+    """Return what save_tensors wrote. Raises InputError if `path` is anything else.
+
+    The file may come from anywhere. weights_only keeps it from running code; plain
+    tensors, not compressed and mapped from the file, keep it from filling the memory.
+    """
+    allowed = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+    allowed |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Byte")}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(e.compress_type or e.file_size > 2**27 for e in entries):
+                raise ValueError("compressed, or too large")
+            if damaged := archive.testzip():
+                raise ValueError(f"bad check sum of {damaged}")
+            (pickled,) = [e for e in entries if e.filename.endswith("/data.pkl")]
+            for code, argument, _ in pickletools.genops(archive.read(pickled)):
+                if "GLOBAL" in code.name and argument not in allowed:
+                    raise ValueError(f"it holds {argument or 'more than tensors'}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001, a damaged file can raise anything
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise InputError(f"{path} is damaged, or none of ours ({reason})") from None
+
+
+# ======================================================================================
+# Tracking: the run on comet.com, or in an archive that `comet upload` takes there
+# ======================================================================================
+
+COMET_DEFAULTS = {  # of Comet's own variables; what the user has set wins
+    "COMET_DISABLE_AUTO_LOGGING": "1",  # we log what we mean to, no more
+    "COMET_LOGGING_CONSOLE": "CRITICAL",
+    "COMET_ERROR_TRACKING_ENABLE": "0",
+    "COMET_TIMEOUT_HTTP": "5",  # seconds, here and in the next two
+    "COMET_TIMEOUT_API": "5",
+    "COMET_TIMEOUT_FILE_UPLOAD": "5",
+    "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "1",
+    "COMET_HTTP_SESSION_RETRY_TOTAL": "0",
+    # No archive by Comet itself: it would lack what a server has refused.
+    "COMET_FALLBACK_STREAMER_FALLBACK_TO_OFFLINE_MIN_BACKEND_VERSION": "9999.0.0",
+}
+NO_KEY = (None, "", "YOUR_API_KEY_HERE")
+
+
+class Tracker:
+    """Tells Comet of the run; never holds the training up for long, never makes it fail.
+
+    Every event goes into a record. Online, a thread sends it as well. If the server did
+    not take all of them, and offline always, the record becomes an offline archive,
+    KEY.zip in the run's folder.
+    """
+
+    def __init__(self, mode, folder, key=None):
+        """Start in `mode` auto, online, offline or off; `key`: go on with an experiment.
+
+        Raises UserError if `mode` is online and there is no key that a server takes.
+        """
+        self.folder, self.key, self.resumed = folder, key or uuid.uuid4().hex, bool(key)
+        self.record = []  # (milliseconds since 1970, method of an experiment, arguments)
+        self.outbox = None  # the same in a queue, if we are online
+        self.url = self.trouble = self.comet = None
+        self.under_way, self.complete, self.given_up = set(), False, False
+        self.state = "off"
+        if mode == "off":
+            return
+        for name, value in COMET_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        try:
+            import comet_ml
+
+            api_key = comet_ml.get_config("comet.api_key")
+        except Exception as error:  # noqa: BLE001, not installed or badly configured
+            self.state = f"off, comet_ml does not load ({type(error).__name__})"
+            if mode != "auto":
+                raise UserError(f"--comet {mode}: {self.state}") from None
+            return
+        self.comet, self.state = comet_ml, "offline"
+        api_key = api_key or COMET_API_KEY
+        if mode == "online" and api_key in NO_KEY:
+            advice = "set the variable COMET_API_KEY, or take --comet offline"
+            raise InputError(f"--comet online: no API key found; {advice}")
+        if mode == "offline" or api_key in NO_KEY:
+            return
+
+        self.outbox = queue.SimpleQueue()
+        self.started, self.finished = threading.Event(), threading.Event()
+        threading.Thread(target=self.send, args=(api_key,), daemon=True).start()
+        self.started.wait(20 if mode == "online" else 4)  # seconds
+        trouble = self.trouble or "Comet does not answer"
+        if mode == "online" and not self.url:
+            wrong = InputError if "API key" in trouble else UserError
+            raise wrong(f"--comet online: {trouble}; or take --comet offline")
+        self.state = self.url or f"{trouble}; the run will be kept for a later upload"
+
+    def log(self, method, *arguments, live=True, **named):
+        """Have a method of the experiment called. This neither waits nor fails."""
+        if self.comet:
+            event = (round(time.time() * 1000), method, arguments, named)
+            self.record.append(event)
+            if self.outbox and live:
+                self.outbox.put(event)
+
+    def log_losses(self, losses, last_step, live=True):
+        """Log the losses of the steps up to `last_step`.
+
+        Online at most 10 a call (with five calls a second 3,000 a minute, where Comet
+        takes 12,000 values), the last one always.
+        """
+        thin = math.ceil(len(losses) / 10)
+        for step, loss in enumerate(losses, last_step - len(losses) + 1):
+            sent = live and (last_step - step) % thin == 0
+            self.log("log_metric", "loss", loss, step=step, live=sent)
+
+    def finish(self):
+        """End the experiment; return its address, or the command that uploads it."""
+        if not self.comet:
+            return None
+        if self.outbox:
+            self.outbox.put(None)
+            self.finished.wait(10)  # seconds
+            if self.complete:
+                return self.url
+            # Some of it may be there: the archive becomes an experiment of its own.
+            self.given_up, self.resumed, self.key = True, False, uuid.uuid4().hex
+        return f"comet upload {self.write_archive()}"
+
+    def start(self, online, **more):
+        """Start an experiment that logs nothing by itself."""
+        off = "log_code log_graph log_git_metadata log_git_patch log_env_details parse_args"
+        off += " auto_output_logging auto_param_logging auto_metric_logging"
+        config = dict.fromkeys(off.split(), False) | {"display_summary_level": 0}
+        if not online:
+            config["offline_directory"] = more.pop("folder")
+        return self.comet.start(
+            project_name=COMET_PROJECT,
+            experiment_key=self.key,
+            mode="get_or_create" if self.resumed else "create",
+            online=online,
+            experiment_config=self.comet.ExperimentConfig(**config),
+            **more,
+        )
+
+    def call(self, experiment, event):
+        """Call the method of the experiment that an event of the record names."""
+        _, method, arguments, named = event
+        if method == "log_image":
+            arguments = [io.BytesIO(arguments[0])]
+        getattr(experiment, method)(*arguments, **named)
+
+    def write_archive(self):
+        """Write the record into the run's folder, for `comet upload`; return the path."""
+        messages, path = self.comet.messages, self.folder / f"{self.key}.zip"
+        clock = messages.local_timestamp
+        self.comet.config.set_global_experiment(None)  # forget one that hangs
+        with tempfile.TemporaryDirectory(prefix="comet-") as scratch:
+            experiment = self.start(online=False, folder=scratch)
+            for event in self.record:
+                # Let Comet show when it happened, not when it was written down.
+                messages.local_timestamp = lambda event=event: event[0]
+                self.call(experiment, event)
+            messages.local_timestamp = clock
+            experiment.end()
+            (archive,) = Path(scratch).glob("*.zip")
+            write_file(path, archive.read_bytes())
+        return path
+
+    def send(self, api_key):
+        """Send what comes into the outbox, until None comes. Runs in a thread."""
+        try:
+            self.watch()
+            experiment = self.start(online=True, api_key=api_key)
+            if experiment.alive:
+                self.url = experiment.url
+                self.started.set()
+                while event := self.outbox.get():
+                    self.call(experiment, event)
+                experiment.end()
+                while self.under_way:
+                    time.sleep(0.1)
+                self.complete = not self.trouble
+        except Exception as error:  # noqa: BLE001, its text may have the key in it
+            self.trouble = f"Comet failed ({type(error).__name__})"
+        finally:
+            self.started.set()
+            self.finished.set()
+
+    def watch(self):
+        """Note what the server does not take: comet_ml has no call that tells."""
+        import requests
+
+        send = requests.Session.send
+
+        def watched(session, request, **named):
+            self.under_way.add(request)
+            try:
+                response = send(session, request, **named)
+                if response.status_code >= 400:
+                    bad_key = "90212" in response.text  # API_KEY_NOT_REGISTERED
+                    answer = f"answers with status {response.status_code}"
+                    self.trouble = (
+                        f"Comet {'refuses the API key' if bad_key else answer}"
+                    )
+                return response
+            except requests.RequestException:
+                self.trouble = self.trouble or "Comet does not answer"
+                raise
+            finally:
+                self.under_way.discard(request)
+
+        requests.Session.send = watched
+
+
+# ======================================================================================
+# The run: what is done, in which order, and how it goes on after a stop
+# ======================================================================================
+
+PER_EPOCH = ("train_accuracy", "train_loss", "epoch_seconds")  # a number for each epoch
+
+
+class Run:
+    """One training run: its settings, its folder, its state, its checkpoints."""
+
+    def __init__(self, settings, folder):
+        """Load the data and make the model. `settings`: as read_settings returns them."""
+        self.settings = {name: settings[name] for name in FLAGS}
+        self.folder = folder
+        self.device = select_device(settings["device"])
+        data = load_mnist(settings["data_dir"])
+        limit = settings["limit"] or None
+        self.train_images, self.train_labels = data[0][:limit], data[1][:limit]
+        self.test_images, self.test_labels = data[2:]
+
+        torch.manual_seed(settings["seed"])
+        self.model = MODELS[settings["model"]]()
+        self.shuffle = torch.Generator().manual_seed(settings["seed"])
+        self.progress = {name: [] for name in (*PER_EPOCH, "loss_per_step")}
+        self.comet_key = None
+        # torchsummary knows no MPS, and a CPU model only: before the model moves.
+        self.architecture = io.StringIO()
+        with contextlib.redirect_stdout(self.architecture):
+            print(self.model)
+            summary(self.model, (1, 28, 28), device="cpu")
+        self.model.to(self.device)
+        if self.device.type == "cpu":  # there, convolutions like the channels last
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = OPTIMIZERS[settings["optimizer"]](
+            self.model.parameters(), lr=settings["lr"]
+        )
+        packages = "torch", "torchvision", "numpy", "matplotlib", "comet-ml"
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in self.settings.items()]
+        config = {  # all that it takes to repeat the run
+            "settings": self.settings,
+            "command": shlex.join(["python", "main.py", *flags]),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "platform": f"{platform.platform()}, Python {platform.python_version()}",
+            "versions": {name: version(name) for name in packages},
+            "data_md5": dict(MNIST.resources),
+        }
+        save_json(folder / "config.json", config)
+
+    def save_checkpoint(self):
+        """Write checkpoint.pt, from which load_checkpoint goes on."""
+        losses = torch.tensor(self.progress["loss_per_step"], dtype=torch.float64)
+        checkpoint = {
+            "settings": self.settings,
+            "progress": {**self.progress, "loss_per_step": losses},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "shuffle": self.shuffle.get_state(),
+            "comet_key": self.comet_key,
+        }
+        save_tensors(self.folder / "checkpoint.pt", checkpoint)
+
+    def load_checkpoint(self):
+        """Put the state in checkpoint.pt back. Raises InputError if it isn't this run's."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            raise InputError(
+                f"{path} is missing: training had not begun; start a new run"
+            )
+        saved = load_tensors(path)
+        try:
+            kept = [name for name in FLAGS if name not in RESUMABLE]
+            if any(saved["settings"][name] != self.settings[name] for name in kept):
+                raise ValueError("config.json has other settings")
+            progress = saved["progress"]
+            progress["loss_per_step"] = progress["loss_per_step"].tolist()
+            for name in self.progress:
+                self.progress[name] = [float(number) for number in progress[name]]
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(
+                {
+                    "state": copy.deepcopy(saved["optimizer"]),
+                    "param_groups": self.optimizer.state_dict()["param_groups"],
+                }
+            )
+            for parameter, state in self.optimizer.state.items():
+                for value in filter(torch.is_tensor, state.values()):
+                    if value.shape not in ((), parameter.shape):
+                        raise ValueError("its optimizer is of another model")
+            self.shuffle.set_state(saved["shuffle"].clone())
+            self.comet_key = str(saved["comet_key"])
+        except Exception as error:  # noqa: BLE001, a made-up file can raise anything
+            raise InputError(f"{path} is not of this run ({error!r:.200})") from None
+
+    def train(self, monitor):
+        """Train the epochs that are missing: a line and a checkpoint for each."""
+        epochs, batch_size = self.settings["epochs"], self.settings["batch_size"]
+        images = prepare(self.train_images, self.model, self.device)
+        labels = self.train_labels.to(self.device)
+        for epoch in range(len(self.progress["train_loss"]) + 1, epochs + 1):
+            start = time.perf_counter()
+            order = torch.randperm(len(labels), generator=self.shuffle).to(self.device)
+            batches = make_batches(images, labels, batch_size, order)
+            with tqdm(total=math.ceil(len(labels) / batch_size)) as monitor.bar:
+                loss, accuracy = train_epoch(
+                    self.model, batches, F.cross_entropy, self.optimizer, monitor.step
+                )
+                monitor.show()
+            seconds = time.perf_counter() - start
+            for name, value in zip(PER_EPOCH, (accuracy, loss, seconds)):
+                self.progress[name].append(value)
+            self.save_checkpoint()
+            print(f"Epoch {epoch}/{epochs}, Accuracy: {accuracy:.4f}")
+            self.log_epoch(monitor.tracker, epoch)
+
+    def log_epoch(self, tracker, epoch, live=True):
+        """Tell Comet the metrics of an epoch, counted from 1."""
+        metrics = {name: self.progress[name][epoch - 1] for name in PER_EPOCH}
+        steps = len(self.progress["loss_per_step"]) // len(self.progress["train_loss"])
+        tracker.log("log_metrics", metrics, step=steps * epoch, epoch=epoch, live=live)
+
+    @torch.no_grad()
+    def test(self):
+        """Evaluate on the test images; return the results, and print them."""
+        images = prepare(self.test_images, self.model, self.device)
+        labels = self.test_labels.to(self.device)
+        loss, accuracy = evaluate(self.model, make_batches(images, labels, 1000))
+        print(f"Test Accuracy: {accuracy:.4f}\nTest Loss: {loss:.4f}\n")
+        digit = int(self.model(images[:1]).argmax())
+        print(f"Single Image Prediction: {digit}, Actual Label: {int(labels[0])}")
+        return {"test_accuracy": accuracy, "test_loss": loss}
+
+    @torch.no_grad()
+    def draw_predictions(self):
+        """Return {name: Figure}: what the model makes of the first 20 test images."""
+        images, labels = self.test_images[:20], self.test_labels[:20].tolist()
+        self.model.eval()
+        logits = self.model(prepare(images, self.model, self.device))
+        probabilities = logits.softmax(dim=1).cpu().numpy()  # (20, 10)
+        first = images[0], probabilities[0], labels[0]
+        return {
+            "sample_prediction": draw_sample(*first),
+            "single_prediction": draw_detail(*first),
+            "predictions_grid": draw_grid(images, probabilities, labels),
+        }
+
+    def keep(self, monitor, results=None):
+        """Write pictures, metrics and, with test results, the model; tell Comet."""
+        step = len(self.progress["loss_per_step"])
+        tracker = monitor.tracker
+        if monitor.losses:
+            curve = monitor.plotter.draw(monitor.smoothed.get())
+            tracker.log("log_image", curve, name="loss_curve", step=len(monitor.losses))
+        for name, figure in self.draw_predictions().items():
+            picture = save_picture(figure, self.folder / f"{name}.png")
+            tracker.log("log_image", picture, name=name, step=step)
+        if results:
+            tracker.log("log_metrics", results, step=step)
+            weights = self.model.state_dict().items()
+            weights = {name: tensor.cpu().contiguous() for name, tensor in weights}
+            save_tensors(self.folder / "model.pt", weights)
+        save_json(self.folder / "metrics.json", {**self.progress, **(results or {})})
+
+
+def make_run_folder(settings):
+    """Make a new folder for a run; return its Path. Raises InputError."""
+    stamp = time.strftime("%Y%m%d-%H%M%S-") + settings["model"]
+    names = (stamp + suffix for suffix in ("", *(f"-{n}" for n in range(2, 100))))
+    folder = next(
+        f for n in names if not (f := Path(settings["output_dir"], n)).exists()
+    )
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        message = f"--output-dir: cannot make {folder}: {error.strerror}"
+        raise InputError(f"{message}; choose another folder") from None
+    return folder
+
+
+def print_title(text):
+    """Print a line between two rules."""
+    print("=" * 70, text, "=" * 70, sep="\n")
+
+
+def stop(signum, frame):
+    """Handle Ctrl-C and SIGTERM: end in good order. A second one ends at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(signum)
+
+
+def do_main_job(settings):
+    """Train, evaluate, show and track; return the exit status."""
+    resumed = settings["resume"] is not None
+    folder = Path(settings["resume"]) if resumed else make_run_folder(settings)
+    try:
+        run = Run(settings, folder)
+        if resumed:
+            run.load_checkpoint()
+        tracker = Tracker(settings["comet"], folder, run.comet_key)
+    except BaseException:
+        if not resumed:
+            shutil.rmtree(folder)  # there is nothing in it yet
+        raise
+    print("Settings:", ", ".join(f"{k} {v}" for k, v in run.settings.items()))
+    print(f"Device: {run.device}\nFolder: {folder}\nComet: {tracker.state}")
+    title = {"cnn": "CNN", "fc": "FULLY CONNECTED"}[settings["model"]]
+    print_title(f"TRAINING {title} MODEL")
+    print(run.architecture.getvalue())
+
+    run.comet_key = tracker.key
+    tracker.log("set_name", folder.name)
+    tracker.log("log_parameters", run.settings)
+    tracker.log("set_model_graph", str(run.model))
+    losses = run.progress["loss_per_step"]
+    tracker.log_losses(
+        losses, len(losses), live=False
+    )  # there are some if it's resumed
+    for epoch in range(1, len(run.progress["train_loss"]) + 1):
+        run.log_epoch(tracker, epoch, live=False)
+    picture = folder / "loss_curve.png"
+    plotter = PeriodicPlotter(2, "iteration", "training loss", "semilogy", picture)
+    monitor = Monitor(losses, plotter, tracker)
+    status, uploaded = 0, None
+    try:
+        run.save_checkpoint()  # a full disk shows now, not after the first epoch
+        run.train(monitor)
+        print_title(f"EVALUATING {title} MODEL")
+        run.keep(monitor, run.test())
+        uploaded = tracker.finish()
+        place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
+        print_title(f"TRAINING COMPLETE - {place}")
+    except (Interrupted, UserError, OSError) as error:
+        with contextlib.suppress(UserError, OSError):  # keep what is good
+            run.load_checkpoint()
+            run.keep(monitor)
+            if not uploaded and (uploaded := tracker.finish()):
+                print(uploaded)
+        done, go_on = len(run.progress["train_loss"]), shlex.quote(str(folder))
+        note = f"stopped after epoch {done} of {run.settings['epochs']}"
+        print(f"{note}; to go on: python main.py --resume {go_on}", file=sys.stderr)
+        status = report(error)
+    sys.stdout.flush()
+    if tracker.given_up:
+        os._exit(status)  # without waiting for threads of Comet that hang
+    return status
+
+
+def main(settings):
+    """Do what `settings` (from read_settings) say; return the exit status."""
+    sys.stdout.reconfigure(line_buffering=True)  # in step with the bars, in a pipe too
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return do_main_job(settings)
+    except (Interrupted, UserError, OSError) as error:
+        return report(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS))

@@ -1,0 +1,130 @@
+"""What the tests share: real runs of main.py, as processes.
+
+`python main.py` needs seconds to import PyTorch. A few tests pay that; the others take
+`spawn`, which forks a process that has imported main.py already, and has otherwise all
+that a process has: its own signals, exit status, standard output and files.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["preload"])
+
+
+def _child(arguments, folder, out, environment):
+    """Be `python main.py ARGUMENTS`, in a process that has imported main already."""
+    os.setsid()  # signals for the test's own terminal are not for us
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(out / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import main
+
+    try:
+        settings = main.read_settings(arguments)
+    except main.UserError as error:
+        sys.exit(main.report(error))
+    sys.exit(main.main(settings))
+
+
+class Run:
+    """A running or finished process of main.py."""
+
+    def __init__(self, arguments, folder, environment):
+        self.folder = folder
+        self.out = folder / f"console-{time.monotonic_ns()}"
+        self.out.mkdir(parents=True)
+        self.process = FORKS.Process(
+            target=_child, args=(arguments, folder, self.out, environment)
+        )
+        self.process.start()
+
+    def wait(self, seconds=120):
+        """Wait for the end; return the exit status (negative: the signal)."""
+        self.process.join(seconds)
+        assert not self.process.is_alive(), f"still running\n{self.stdout}{self.stderr}"
+        return self.process.exitcode
+
+    def wait_for(self, condition, seconds=60):
+        """Wait until condition() is true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.is_alive(), f"ended early\n{self.stdout}{self.stderr}"
+            assert time.monotonic() < end, f"not in time\n{self.stdout}{self.stderr}"
+            time.sleep(0.005)
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal."""
+        os.kill(self.process.pid, number)
+
+    @property
+    def stdout(self):
+        return (self.out / "out").read_text(encoding="utf-8")
+
+    @property
+    def stderr(self):
+        return (self.out / "err").read_text(encoding="utf-8")
+
+    @property
+    def run_dir(self):
+        """The only folder in runs/, the default output folder."""
+        (run_dir,) = (self.folder / "runs").iterdir()
+        return run_dir
+
+    def json(self, name):
+        return json.loads((self.run_dir / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment with no Comet key and no proxy, its home in an empty folder."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
+    home = tmp_path / "home"
+    home.mkdir()
+    return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home), "no_proxy": "*"}
+
+
+@pytest.fixture
+def spawn(tmp_path, environment):
+    """spawn(*arguments, **environment) starts main.py, quickly; see Run."""
+    runs = []
+
+    def start(*arguments, folder=tmp_path, **more):
+        runs.append(Run(list(map(str, arguments)), folder, environment | more))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.process.join()
+
+
+@pytest.fixture
+def run_script(tmp_path, environment):
+    """run_script(*arguments, **environment): `python main.py ARGUMENTS`, to its end."""
+
+    def run(*arguments, folder=tmp_path, **more):
+        return subprocess.run(
+            [sys.executable, ROOT / "main.py", *map(str, arguments)],
+            cwd=folder,
+            env=environment | more,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+    return run
