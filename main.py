@@ -10,6 +10,7 @@ python main.py --help                   every flag; each is a constant below
 import argparse
 import contextlib
 import copy
+import ctypes
 import io
 import json
 import math
@@ -32,9 +33,8 @@ from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 
-# ======================================================================================
-# Settings: the experiment. Edit them here, or use the flags: EPOCHS is --epochs.
-# ======================================================================================
+# ===== Settings =======================================================================
+# Edit them here, or use the flags: EPOCHS is --epochs.
 
 # What is trained, and how
 MODEL = "cnn"  # cnn (CNN) or fc (FullyConnectedModel)
@@ -52,14 +52,13 @@ OUTPUT_DIR = "runs"  # each run makes a new folder in it
 
 # Tracking on comet.com
 COMET = (
-    "auto"  # auto (online if there is an API key, else offline), online, offline, off
+    "auto"  # online, offline, off; auto: online if there is an API key, else offline
 )
 COMET_API_KEY = "YOUR_API_KEY_HERE"  # or the variable COMET_API_KEY, or ~/.comet.config
 COMET_PROJECT = "mnist-cnn"
 
-# --------------------------------------------------------------------------------------
-# The flags: made from these constants, and checked before the slow imports below
-# --------------------------------------------------------------------------------------
+# ===== Flags ==========================================================================
+# Made from the constants above, and checked before the slow imports below.
 
 FLAGS = {  # name: (default, what it may be, help)
     "model": (MODEL, ("cnn", "fc"), "CNN or FullyConnectedModel"),
@@ -90,22 +89,11 @@ class InputError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM."""
-
-    def __init__(self, signum):
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.status = 128 + signum
+    """Ctrl-C or SIGTERM; `status` is the exit status."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message):
-        raise InputError(f"{message} (python main.py --help lists the flags)")
-
-
-def read_setting(text, allowed):
-    """Return the value that `text` stands for; ArgumentTypeError if not `allowed`."""
+def read_setting(name, text, allowed):
+    """Return the value that `text` stands for. Raises InputError if not `allowed`."""
     value, wanted, good = text, "a folder", False
     if isinstance(allowed, tuple):
         wanted, good = "one of " + ", ".join(allowed), text in allowed
@@ -114,81 +102,78 @@ def read_setting(text, allowed):
         value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
         good = value in allowed
     elif allowed is float:
-        wanted = "a number above 0"
+        wanted = "a number above 0, at most 1e9"
         with contextlib.suppress(ValueError):
             value = float(text)
-            good = 0 < value < math.inf
-    elif text:
-        good = os.path.isdir(text) or not os.path.lexists(text)
+            good = 0 < value <= 1e9
+    elif text.isprintable():
+        path = Path(text or "/dev/null").absolute()
+        good = next(p for p in (path, *path.parents) if os.path.lexists(p)).is_dir()
     if not good:
-        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
+        raise InputError(f"{name} must be {wanted}, not {text!r}")
     return value
 
 
 def read_settings(argv):
     """Return the settings, a dict: the flags in `argv`, else the constants above.
 
-    Its "resume" is the folder of a run to go on with, or None; such a run keeps its own
-    settings, save the RESUMABLE ones. Raises InputError.
+    "resume" in it is a folder or None; a run that is resumed keeps its settings, save the
+    RESUMABLE ones. Raises InputError.
     """
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # so that we see what was typed
         allow_abbrev=False,
     )
+    parser.error = refuse
     for name, (default, allowed, text) in FLAGS.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            type=lambda text, allowed=allowed: read_setting(text, allowed),
-            metavar="|".join(allowed) if isinstance(allowed, tuple) else "X",
-            help=f"{text} (default: {default})",
-        )
+        choices = "|".join(allowed) if isinstance(allowed, tuple) else "X"
+        text += f" (default: {default})"
+        parser.add_argument(flag_of(name), metavar=choices, help=text)
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a stopped run")
     given = vars(parser.parse_args(argv))
     run = given.pop("resume", None)
 
-    if run is None:
-        origin = "the constant {} in main.py"
-        settings = {name: default for name, (default, *_) in FLAGS.items()}
-    else:
-        config = Path(run, "config.json")
-        origin = f"{config}: {{}}"
+    origin, kept = "the constant", {name: flag[0] for name, flag in FLAGS.items()}
+    if run is not None:
+        origin = config = Path(run, "config.json")
         try:
-            settings = json.loads(config.read_text(encoding="utf-8"))["settings"]
-            settings = {name: settings[name] for name in FLAGS}
+            kept = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            kept = {name: kept[name] for name in FLAGS}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{config}: {type(error).__name__}: {error}"
             raise InputError(f"--resume: {run} is no run's folder ({reason})") from None
+    settings = {"resume": run}
     for name, (_, allowed, _) in FLAGS.items():
-        try:
-            settings[name] = read_setting(str(settings[name]), allowed)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"{origin.format(name.upper())} {error}") from None
-        if (
-            run
-            and name not in RESUMABLE
-            and given.get(name, settings[name]) != settings[name]
-        ):
-            flag = f"--{name.replace('_', '-')} {given[name]}"
-            raise InputError(
-                f"{flag}: the run to resume has {settings[name]}; leave it out"
-            )
-    settings |= given
+        source = flag_of(name) if name in given else f"{origin} {name.upper()}"
+        text = given.get(name, str(kept[name]))
+        settings[name] = read_setting(source, text, allowed)
+        if run and name not in RESUMABLE and settings[name] != kept[name]:
+            raise InputError(f"{source} {text}: the run to resume has {kept[name]}")
 
     images = settings["limit"] or 60_000
     if settings["batch_size"] > images:
         raise InputError(
-            f"--batch-size must be from 1 to {images:,}, the training images"
+            f"--batch-size must be at most {images:,}, the training images"
         )
-    system, device = platform.system(), settings["device"]
-    drivers = ("nvidia", "nvhost", "nvmap", "kfd", "dxg")  # NVIDIA, Jetson, AMD, WSL
-    no_gpu = system == "Darwin" or (
-        system == "Linux" and not any(d.startswith(drivers) for d in os.listdir("/dev"))
-    )
-    if (device == "cuda" and no_gpu) or (device == "mps" and system != "Darwin"):
+    device, drivers = settings["device"], ("nvidia", "nvhost", "nvmap", "kfd", "dxg")
+    missing = {"mps": platform.system() != "Darwin"}  # PyTorch has the last word
+    if platform.system() == "Linux":
+        missing["cuda"] = not any(x.startswith(drivers) for x in os.listdir("/dev"))
+    if missing.get(device):
         raise InputError(f"--device {device}: there is none here; use auto or cpu")
-    return {**settings, "resume": run}
+    return settings
+
+
+def flag_of(name):
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse(message):
+    """Raise InputError: what argparse does with an error, in one line."""
+    raise InputError(f"{message} (python main.py --help lists the flags)")
 
 
 def report(error):
@@ -214,9 +199,7 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-# ======================================================================================
-# Models
-# ======================================================================================
+# ===== Models =========================================================================
 
 
 class CNN(nn.Module):
@@ -268,9 +251,7 @@ class FullyConnectedModel(nn.Module):
 MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
 
 
-# ======================================================================================
-# Data
-# ======================================================================================
+# ===== Data ===========================================================================
 
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
 SIZES = 9_912_422, 28_881, 1_648_877, 4_542  # bytes, of the files in MNIST.resources
@@ -279,22 +260,20 @@ SIZES = 9_912_422, 28_881, 1_648_877, 4_542  # bytes, of the files in MNIST.reso
 def find_fault(archive, md5):
     """Return what is wrong with a file, or None if its MD5 sum is as it should be."""
     try:
-        if not archive.is_file():
-            return "missing"
-        if not check_integrity(archive, md5):
-            return f"damaged ({archive.stat().st_size:,} bytes with another MD5 sum)"
+        if check_integrity(archive, md5):
+            return None
+        return "damaged" if archive.exists() else "missing"
     except OSError as error:
         return f"not readable ({error.strerror})"
 
 
 def load_mnist(data_dir):
-    """Load MNIST from its four archives in `data_dir`/MNIST/raw.
+    """Return MNIST: train images, train labels, test images, test labels.
 
-    An archive that is missing or damaged there is replaced by the one that comes with
-    this script, else from torchvision's mirrors. All is unpacked in a temporary folder:
-    nothing half unpacked is ever read, and `data_dir` may be read-only.
-    Returns train images, train labels, test images, test labels: uint8 (60000, 28, 28),
-    int64 (60000,), uint8 (10000, 28, 28), int64 (10000,). Raises InputError.
+    uint8 (60000, 28, 28), int64 (60000,), uint8 (10000, 28, 28), int64 (10000,).
+    They come from four archives in `data_dir`/MNIST/raw, or, where one is missing or
+    damaged, beside this script, or from torchvision's mirrors; else InputError. They are
+    unpacked in a temporary folder: `data_dir` may be read-only.
     """
     raw = Path(data_dir, "MNIST", "raw")
     bundled = Path(__file__).resolve().parent / "data" / "MNIST" / "raw"
@@ -335,47 +314,44 @@ def load_mnist(data_dir):
 
 
 def prepare(images, model, device):
-    """Put uint8 images (N, 28, 28) on the device as normalised floats (N, 1, H, W).
+    """Return uint8 images (N, 28, 28) as normalised floats (N, 1, H, H) on the device.
 
-    H and W are what of the 28 rows and columns the model sees. Bytes travel, not floats.
+    H of the 28 rows and columns are what the model sees.
     """
     x = images[:, None, : model.seen, : model.seen].to(device).float()
     return x.div_(255).sub_(MEAN).div_(STD)
 
 
 def make_batches(images, labels, batch_size, order=None):
-    """Yield (images, labels) a batch at a time, in the given order of indices."""
-    if order is None:
-        yield from zip(images.split(batch_size), labels.split(batch_size))
-    else:
-        for chosen in order.split(batch_size):
-            yield images[chosen], labels[chosen]
+    """Yield (images, labels) a batch at a time, in the order of the given indices."""
+    order = torch.arange(len(labels)) if order is None else order
+    for chosen in order.split(batch_size):
+        yield images[chosen], labels[chosen]
 
 
-# ======================================================================================
-# Training and evaluation
-# ======================================================================================
+# ===== Training and evaluation ========================================================
 
 
 def select_device(name="auto"):
-    """Return the torch.device called `name`; for "auto" the best that is there.
-
-    Raises UserError (status 2) if there is none of that name.
-    """
-    there = {
-        "mps": torch.backends.mps.is_available(),
-        "cuda": torch.cuda.is_available(),
-        "cpu": True,
-    }
+    """Return the torch.device of that name; "auto": the best there is. InputError if none."""
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
     if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        advice = "use auto, or one of " + ", ".join(d for d in there if there[d])
-        raise UserError(f"--device {name}: PyTorch finds none here; {advice}", 2)
+        return torch.device(there[0])
+    if name not in there:
+        raise InputError(f"--device {name}: PyTorch finds only {', '.join(there)} here")
     return torch.device(name)
 
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+def keep_freed_memory():
+    """Have glibc keep freed memory: to fault it in again takes a third of every step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc, no need
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
 
 
 def train_epoch(model, batches, loss_function, optimizer, on_step):
@@ -425,12 +401,10 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
     return float(loss_sum) / count, int(correct) / count
 
 
-# ======================================================================================
+# ===== The loss while it falls ========================================================
 # From here on: what shows, tracks and keeps the above. Read it when you need it.
-#
-# The loss while it falls
-# ======================================================================================
 
+WENT_WRONG = "training went wrong (try a smaller --lr):"
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"  # told apart by all eyes
 
 
@@ -459,8 +433,8 @@ class LossHistory:
 class PeriodicPlotter:
     """Draws a growing curve into the PNG file `path`, no more often than every `sec` s.
 
-    The interface of PeriodicPlotter in mitdeeplearning.util 0.7.5. `scale` is None,
-    "semilogx", "semilogy" or "loglog"; ValueError if it is anything else.
+    The interface of mitdeeplearning.util 0.7.5. `scale` is None, semilogx, semilogy or
+    loglog; else ValueError.
     """
 
     def __init__(self, sec, xlabel="", ylabel="", scale=None, path=None):
@@ -473,6 +447,8 @@ class PeriodicPlotter:
         self.axes.set_xscale("log" if scale in ("semilogx", "loglog") else "linear")
         self.axes.set_yscale("log" if scale in ("semilogy", "loglog") else "linear")
         self.axes.grid(which="both", alpha=0.3)
+        self.axes.yaxis.set_major_formatter("{x:g}")
+        self.axes.yaxis.set_minor_formatter("{x:g}")
         (self.curve,) = self.axes.plot([], [], color=BLUE, linewidth=1.2)
         self.drawn = time.monotonic()
 
@@ -492,17 +468,16 @@ class PeriodicPlotter:
 
 
 class Monitor:
-    """What a person sees of the training: progress bar, loss curve, Comet.
+    """Shows the losses: bar, curve, Comet. They wait on the device for 0.2 s at a time."""
 
-    The losses wait on the device until somebody could see them, five times a second.
-    """
-
-    def __init__(self, losses, plotter, tracker):
+    def __init__(self, losses, picture, tracker):
         self.losses = losses  # a list: of every step since the first epoch
         self.smoothed = LossHistory(smoothing_factor=0.95)
         for loss in losses:
             self.smoothed.append(loss)
-        self.plotter, self.tracker = plotter, tracker
+        names = "iteration", "training loss (smoothed)"
+        self.plotter = PeriodicPlotter(2, *names, "semilogy", picture)
+        self.tracker = tracker
         self.bar = None  # a tqdm, a new one each epoch
         self.waiting, self.shown = [], time.monotonic()
 
@@ -513,13 +488,13 @@ class Monitor:
             self.show()
 
     def show(self):
-        """Show every step so far. Raises UserError if a loss is not finite."""
+        """Show every step so far. Raises FloatingPointError if a loss is not finite."""
         values = torch.stack(self.waiting).tolist() if self.waiting else []
         self.waiting.clear()
         for value in values:
             if not math.isfinite(value):
-                where = f"the loss is {value} at step {len(self.losses) + 1:,}"
-                raise UserError(f"training went wrong: {where}; try a smaller --lr")
+                step = f"step {len(self.losses) + 1:,}"
+                raise FloatingPointError(f"{WENT_WRONG} the loss is {value} at {step}")
             self.losses.append(value)
             self.smoothed.append(value)
         smoothed, step = self.smoothed.get(), len(self.losses)
@@ -531,26 +506,26 @@ class Monitor:
         self.shown = time.monotonic()
 
 
-# ======================================================================================
-# Pictures: what the network makes of test digits
-# ======================================================================================
+# ===== Pictures =======================================================================
 
 
-def show_digit(axes, image, title, right):
-    """Show a digit (28, 28); sign and frame tell if it was read right, not colour alone."""
+def show_digit(axes, image, probabilities, label):
+    """Show a digit (28, 28), and by sign, frame and colour whether it is read right."""
+    digit = int(probabilities.argmax())
+    colour, sign = (BLUE, "✓") if digit == label else (VERMILION, "✗")
+    title = f"{sign} predicted {digit} ({100 * probabilities[digit]:.1f} %)"
+    axes.set_title(f"{title}\ntrue label {label}", color=colour, fontsize=10)
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
-    colour, sign = (BLUE, "✓") if right else (VERMILION, "✗ WRONG")
-    axes.set_title(f"{title} {sign}", color=colour, fontsize=10)
-    axes.spines[:].set(color=colour, linewidth=1 if right else 4)
+    axes.spines[:].set(color=colour, linewidth=1 if digit == label else 4)
 
 
-def draw_sample(image, probabilities, label):
-    """Return a Figure: a digit (28, 28) with its predicted and its true label."""
-    figure = Figure(figsize=(3, 3.4), layout="constrained")
-    digit = int(probabilities.argmax())
-    title = f"predicted {digit}, true label {label}"
-    show_digit(figure.subplots(), image, title, digit == label)
+def draw_digits(images, probabilities, labels, rows, columns):
+    """Return a Figure: digits (N, 28, 28) with prediction, probability and true label."""
+    figure = Figure(figsize=(2.2 * columns, 2.5 * rows), layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, *digit in zip(cells, images, probabilities, labels):
+        show_digit(axes, *digit)
     return figure
 
 
@@ -558,31 +533,17 @@ def draw_detail(image, probabilities, label):
     """Return a Figure: a digit (28, 28) beside a bar chart of its ten probabilities."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, chart = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    digit = int(probabilities.argmax())
-    show_digit(left, image, f"predicted {digit}, true label {label}", digit == label)
+    show_digit(left, image, probabilities, label)
     percent = [100 * float(p) for p in probabilities]
     bars = chart.bar(range(10), percent, color=GREY)
-    bars[digit].set(color=BLUE if digit == label else VERMILION)
+    bars[probabilities.argmax()].set(color=left.title.get_color())
     chart.bar_label(bars, [f"{p:.1f}" for p in percent], fontsize=8)
     chart.set(xlabel="digit", ylabel="probability (%)", xticks=range(10), ylim=(0, 110))
     chart.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def draw_grid(images, probabilities, labels):
-    """Return a Figure: 5 rows of 4 digits with prediction, probability and true label."""
-    figure = Figure(figsize=(8, 10), layout="constrained")
-    digits = zip(figure.subplots(5, 4).flat, images, probabilities, labels)
-    for axes, image, p, label in digits:
-        digit = int(p.argmax())
-        title = f"{digit} ({100 * p[digit]:.1f} %), true {label}"
-        show_digit(axes, image, title, digit == label)
-    return figure
-
-
-# ======================================================================================
-# Files: whole or not there, and read with care
-# ======================================================================================
+# ===== Files ==========================================================================
 
 
 def write_file(path, data):
@@ -597,8 +558,7 @@ def write_file(path, data):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def save_picture(figure, path=None):
@@ -608,11 +568,6 @@ def save_picture(figure, path=None):
     if path is not None:
         write_file(path, buffer.getvalue())
     return buffer.getvalue()
-
-
-def save_json(path, values):
-    """Write a dict to `path` as JSON."""
-    write_file(path, json.dumps(values, indent=2).encode() + b"\n")
 
 
 def save_tensors(path, values):
@@ -641,21 +596,20 @@ def load_tensors(path):
             for code, argument, _ in pickletools.genops(archive.read(pickled)):
                 if "GLOBAL" in code.name and argument not in allowed:
                     raise ValueError(f"it holds {argument or 'more than tensors'}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return copy.deepcopy(loaded)
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
         reason = f"{type(error).__name__}: {error}"[:200]
         raise InputError(f"{path} is damaged, or none of ours ({reason})") from None
 
 
-# ======================================================================================
-# Tracking: the run on comet.com, or in an archive that `comet upload` takes there
-# ======================================================================================
+# ===== Tracking =======================================================================
 
 COMET_DEFAULTS = {  # of Comet's own variables; what the user has set wins
     "COMET_DISABLE_AUTO_LOGGING": "1",  # we log what we mean to, no more
     "COMET_LOGGING_CONSOLE": "CRITICAL",
     "COMET_ERROR_TRACKING_ENABLE": "0",
-    "COMET_TIMEOUT_HTTP": "5",  # seconds, here and in the next two
+    "COMET_TIMEOUT_HTTP": "5",  # seconds, as are the next two
     "COMET_TIMEOUT_API": "5",
     "COMET_TIMEOUT_FILE_UPLOAD": "5",
     "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "1",
@@ -667,24 +621,20 @@ NO_KEY = (None, "", "YOUR_API_KEY_HERE")
 
 
 class Tracker:
-    """Tells Comet of the run; never holds the training up for long, never makes it fail.
+    """Tells Comet of the run; never holds it up for long, never makes it fail.
 
-    Every event goes into a record. Online, a thread sends it as well. If the server did
-    not take all of them, and offline always, the record becomes an offline archive,
-    KEY.zip in the run's folder.
+    Every event goes into a record. Online, a thread sends it as well. Unless the server
+    took all of them, and offline always, the record becomes an archive for
+    `comet upload`: KEY.zip in the run's folder.
     """
 
     def __init__(self, mode, folder, key=None):
-        """Start in `mode` auto, online, offline or off; `key`: go on with an experiment.
-
-        Raises UserError if `mode` is online and there is no key that a server takes.
-        """
+        """Start; `key`: of an experiment to go on with. UserError if it can't be online."""
         self.folder, self.key, self.resumed = folder, key or uuid.uuid4().hex, bool(key)
         self.record = []  # (milliseconds since 1970, method of an experiment, arguments)
-        self.outbox = None  # the same in a queue, if we are online
-        self.url = self.trouble = self.comet = None
+        self.comet = self.outbox = self.url = self.trouble = None
         self.under_way, self.complete, self.given_up = set(), False, False
-        self.state = "off"
+        self.state = mode if mode == "off" else "offline"
         if mode == "off":
             return
         for name, value in COMET_DEFAULTS.items():
@@ -692,21 +642,19 @@ class Tracker:
         try:
             import comet_ml
 
-            api_key = comet_ml.get_config("comet.api_key")
+            api_key = comet_ml.get_config("comet.api_key") or COMET_API_KEY
         except Exception as error:  # noqa: BLE001, not installed or badly configured
             self.state = f"off, comet_ml does not load ({type(error).__name__})"
             if mode != "auto":
                 raise UserError(f"--comet {mode}: {self.state}") from None
             return
-        self.comet, self.state = comet_ml, "offline"
-        api_key = api_key or COMET_API_KEY
+        self.comet = comet_ml
         if mode == "online" and api_key in NO_KEY:
             advice = "set the variable COMET_API_KEY, or take --comet offline"
-            raise InputError(f"--comet online: no API key found; {advice}")
+            raise InputError(f"--comet online: there is no API key; {advice}")
         if mode == "offline" or api_key in NO_KEY:
             return
-
-        self.outbox = queue.SimpleQueue()
+        self.outbox = queue.SimpleQueue()  # of the events to send
         self.started, self.finished = threading.Event(), threading.Event()
         threading.Thread(target=self.send, args=(api_key,), daemon=True).start()
         self.started.wait(20 if mode == "online" else 4)  # seconds
@@ -714,7 +662,7 @@ class Tracker:
         if mode == "online" and not self.url:
             wrong = InputError if "API key" in trouble else UserError
             raise wrong(f"--comet online: {trouble}; or take --comet offline")
-        self.state = self.url or f"{trouble}; the run will be kept for a later upload"
+        self.state = self.url or f"{trouble}; the run is kept for a later upload"
 
     def log(self, method, *arguments, live=True, **named):
         """Have a method of the experiment called. This neither waits nor fails."""
@@ -725,11 +673,8 @@ class Tracker:
                 self.outbox.put(event)
 
     def log_losses(self, losses, last_step, live=True):
-        """Log the losses of the steps up to `last_step`.
-
-        Online at most 10 a call (with five calls a second 3,000 a minute, where Comet
-        takes 12,000 values), the last one always.
-        """
+        """Log the losses of the steps up to `last_step`."""
+        # Comet takes 12,000 values a minute: online we send 10 a call, the last included.
         thin = math.ceil(len(losses) / 10)
         for step, loss in enumerate(losses, last_step - len(losses) + 1):
             sent = live and (last_step - step) % thin == 0
@@ -746,58 +691,46 @@ class Tracker:
                 return self.url
             # Some of it may be there: the archive becomes an experiment of its own.
             self.given_up, self.resumed, self.key = True, False, uuid.uuid4().hex
-        return f"comet upload {self.write_archive()}"
-
-    def start(self, online, **more):
-        """Start an experiment that logs nothing by itself."""
-        off = "log_code log_graph log_git_metadata log_git_patch log_env_details parse_args"
-        off += " auto_output_logging auto_param_logging auto_metric_logging"
-        config = dict.fromkeys(off.split(), False) | {"display_summary_level": 0}
-        if not online:
-            config["offline_directory"] = more.pop("folder")
-        return self.comet.start(
-            project_name=COMET_PROJECT,
-            experiment_key=self.key,
-            mode="get_or_create" if self.resumed else "create",
-            online=online,
-            experiment_config=self.comet.ExperimentConfig(**config),
-            **more,
-        )
-
-    def call(self, experiment, event):
-        """Call the method of the experiment that an event of the record names."""
-        _, method, arguments, named = event
-        if method == "log_image":
-            arguments = [io.BytesIO(arguments[0])]
-        getattr(experiment, method)(*arguments, **named)
-
-    def write_archive(self):
-        """Write the record into the run's folder, for `comet upload`; return the path."""
         messages, path = self.comet.messages, self.folder / f"{self.key}.zip"
         clock = messages.local_timestamp
         self.comet.config.set_global_experiment(None)  # forget one that hangs
         with tempfile.TemporaryDirectory(prefix="comet-") as scratch:
-            experiment = self.start(online=False, folder=scratch)
+            experiment = self.start({"offline_directory": scratch}, online=False)
             for event in self.record:
                 # Let Comet show when it happened, not when it was written down.
                 messages.local_timestamp = lambda event=event: event[0]
-                self.call(experiment, event)
+                self.call(experiment, *event)
             messages.local_timestamp = clock
             experiment.end()
             (archive,) = Path(scratch).glob("*.zip")
             write_file(path, archive.read_bytes())
-        return path
+        return f"comet upload {path}"
+
+    def start(self, config, **named):
+        """Start an experiment that logs nothing by itself."""
+        off = "log_code log_graph log_git_metadata log_git_patch log_env_details parse_args"
+        config |= dict.fromkeys(off.split(), False) | {"display_summary_level": 0}
+        named |= {"project_name": COMET_PROJECT, "experiment_key": self.key}
+        named["mode"] = "get_or_create" if self.resumed else "create"
+        config = self.comet.ExperimentConfig(**config)
+        return self.comet.start(experiment_config=config, **named)
+
+    def call(self, experiment, _, method, arguments, named):
+        """Call the method of the experiment that an event names."""
+        if method == "log_image":
+            arguments = [io.BytesIO(*arguments)]
+        getattr(experiment, method)(*arguments, **named)
 
     def send(self, api_key):
         """Send what comes into the outbox, until None comes. Runs in a thread."""
         try:
             self.watch()
-            experiment = self.start(online=True, api_key=api_key)
+            experiment = self.start({}, online=True, api_key=api_key)
             if experiment.alive:
                 self.url = experiment.url
                 self.started.set()
                 while event := self.outbox.get():
-                    self.call(experiment, event)
+                    self.call(experiment, *event)
                 experiment.end()
                 while self.under_way:
                     time.sleep(0.1)
@@ -819,11 +752,9 @@ class Tracker:
             try:
                 response = send(session, request, **named)
                 if response.status_code >= 400:
-                    bad_key = "90212" in response.text  # API_KEY_NOT_REGISTERED
-                    answer = f"answers with status {response.status_code}"
-                    self.trouble = (
-                        f"Comet {'refuses the API key' if bad_key else answer}"
-                    )
+                    self.trouble = f"Comet answers with status {response.status_code}"
+                    if "90212" in response.text:  # API_KEY_NOT_REGISTERED
+                        self.trouble = "Comet refuses the API key"
                 return response
             except requests.RequestException:
                 self.trouble = self.trouble or "Comet does not answer"
@@ -834,9 +765,7 @@ class Tracker:
         requests.Session.send = watched
 
 
-# ======================================================================================
-# The run: what is done, in which order, and how it goes on after a stop
-# ======================================================================================
+# ===== The run ========================================================================
 
 PER_EPOCH = ("train_accuracy", "train_loss", "epoch_seconds")  # a number for each epoch
 
@@ -857,21 +786,19 @@ class Run:
         torch.manual_seed(settings["seed"])
         self.model = MODELS[settings["model"]]()
         self.shuffle = torch.Generator().manual_seed(settings["seed"])
-        self.progress = {name: [] for name in (*PER_EPOCH, "loss_per_step")}
+        self.progress = {name: [] for name in (*PER_EPOCH, "losses")}
+        self.steps = math.ceil(len(self.train_labels) / settings["batch_size"])
         self.comet_key = None
-        # torchsummary knows no MPS, and a CPU model only: before the model moves.
-        self.architecture = io.StringIO()
-        with contextlib.redirect_stdout(self.architecture):
-            print(self.model)
-            summary(self.model, (1, 28, 28), device="cpu")
         self.model.to(self.device)
-        if self.device.type == "cpu":  # there, convolutions like the channels last
+        if self.device.type == "cpu":  # whose convolutions like the channels last
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = OPTIMIZERS[settings["optimizer"]](
-            self.model.parameters(), lr=settings["lr"]
-        )
+        optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+        optimizer = optimizer[settings["optimizer"]]
+        self.optimizer = optimizer(self.model.parameters(), lr=settings["lr"])
+        if settings["resume"]:
+            self.load_checkpoint()
         packages = "torch", "torchvision", "numpy", "matplotlib", "comet-ml"
-        flags = [f"--{k.replace('_', '-')}={v}" for k, v in self.settings.items()]
+        flags = [f"{flag_of(name)}={value}" for name, value in self.settings.items()]
         config = {  # all that it takes to repeat the run
             "settings": self.settings,
             "command": shlex.join(["python", "main.py", *flags]),
@@ -881,14 +808,13 @@ class Run:
             "versions": {name: version(name) for name in packages},
             "data_md5": dict(MNIST.resources),
         }
-        save_json(folder / "config.json", config)
+        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
 
     def save_checkpoint(self):
         """Write checkpoint.pt, from which load_checkpoint goes on."""
-        losses = torch.tensor(self.progress["loss_per_step"], dtype=torch.float64)
         checkpoint = {
             "settings": self.settings,
-            "progress": {**self.progress, "loss_per_step": losses},
+            "progress": self.progress,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "shuffle": self.shuffle.get_state(),
@@ -900,31 +826,32 @@ class Run:
         """Put the state in checkpoint.pt back. Raises InputError if it isn't this run's."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
-            raise InputError(
-                f"{path} is missing: training had not begun; start a new run"
-            )
+            raise InputError(f"{path} is missing: nothing was trained; start a new run")
         saved = load_tensors(path)
         try:
             kept = [name for name in FLAGS if name not in RESUMABLE]
             if any(saved["settings"][name] != self.settings[name] for name in kept):
                 raise ValueError("config.json has other settings")
-            progress = saved["progress"]
-            progress["loss_per_step"] = progress["loss_per_step"].tolist()
-            for name in self.progress:
-                self.progress[name] = [float(number) for number in progress[name]]
+            numbers = {name: saved["progress"][name] for name in self.progress}
+            epochs, *lengths = (len(values) for values in numbers.values())
+            if lengths != [epochs, epochs, epochs * self.steps]:
+                raise ValueError("its numbers are not one an epoch or step")
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # so that this step shows
+            self.optimizer.step()  # what state to expect, and no more
+            expected, state = self.optimizer.state_dict(), saved["optimizer"]
+            if epochs and get_shapes(state) != get_shapes(expected["state"]):
+                raise ValueError("it has another optimizer")
+            if saved["shuffle"].shape != self.shuffle.get_state().shape:
+                raise ValueError("it has another random generator")
+            if not re.fullmatch("[0-9a-f]{32}", saved["comet_key"]):
+                raise ValueError("it has an odd Comet key")
+            for name, values in numbers.items():
+                self.progress[name] = [float(value) for value in values]
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(
-                {
-                    "state": copy.deepcopy(saved["optimizer"]),
-                    "param_groups": self.optimizer.state_dict()["param_groups"],
-                }
-            )
-            for parameter, state in self.optimizer.state.items():
-                for value in filter(torch.is_tensor, state.values()):
-                    if value.shape not in ((), parameter.shape):
-                        raise ValueError("its optimizer is of another model")
-            self.shuffle.set_state(saved["shuffle"].clone())
-            self.comet_key = str(saved["comet_key"])
+            self.optimizer.load_state_dict({**expected, "state": state})
+            self.shuffle.set_state(saved["shuffle"])
+            self.comet_key = saved["comet_key"]
         except Exception as error:  # noqa: BLE001, a made-up file can raise anything
             raise InputError(f"{path} is not of this run ({error!r:.200})") from None
 
@@ -937,11 +864,13 @@ class Run:
             start = time.perf_counter()
             order = torch.randperm(len(labels), generator=self.shuffle).to(self.device)
             batches = make_batches(images, labels, batch_size, order)
-            with tqdm(total=math.ceil(len(labels) / batch_size)) as monitor.bar:
+            with tqdm(total=self.steps) as monitor.bar:
                 loss, accuracy = train_epoch(
                     self.model, batches, F.cross_entropy, self.optimizer, monitor.step
                 )
                 monitor.show()
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                raise FloatingPointError(f"{WENT_WRONG} a weight is not finite")
             seconds = time.perf_counter() - start
             for name, value in zip(PER_EPOCH, (accuracy, loss, seconds)):
                 self.progress[name].append(value)
@@ -952,8 +881,18 @@ class Run:
     def log_epoch(self, tracker, epoch, live=True):
         """Tell Comet the metrics of an epoch, counted from 1."""
         metrics = {name: self.progress[name][epoch - 1] for name in PER_EPOCH}
-        steps = len(self.progress["loss_per_step"]) // len(self.progress["train_loss"])
-        tracker.log("log_metrics", metrics, step=steps * epoch, epoch=epoch, live=live)
+        step = epoch * self.steps
+        tracker.log("log_metrics", metrics, step=step, epoch=epoch, live=live)
+
+    def introduce(self, tracker):
+        """Tell Comet what the run is, and what it has done if it was resumed."""
+        tracker.log("set_name", self.folder.name)
+        tracker.log("log_parameters", self.settings)
+        tracker.log("set_model_graph", str(self.model))
+        losses = self.progress["losses"]
+        tracker.log_losses(losses, len(losses), live=False)
+        for epoch in range(1, len(self.progress["train_loss"]) + 1):
+            self.log_epoch(tracker, epoch, live=False)
 
     @torch.no_grad()
     def test(self):
@@ -961,56 +900,58 @@ class Run:
         images = prepare(self.test_images, self.model, self.device)
         labels = self.test_labels.to(self.device)
         loss, accuracy = evaluate(self.model, make_batches(images, labels, 1000))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{WENT_WRONG} the test loss is {loss}")
         print(f"Test Accuracy: {accuracy:.4f}\nTest Loss: {loss:.4f}\n")
         digit = int(self.model(images[:1]).argmax())
         print(f"Single Image Prediction: {digit}, Actual Label: {int(labels[0])}")
         return {"test_accuracy": accuracy, "test_loss": loss}
 
     @torch.no_grad()
-    def draw_predictions(self):
-        """Return {name: Figure}: what the model makes of the first 20 test images."""
+    def keep(self, monitor, results=None):
+        """Write pictures, metrics and, with test results, the model; tell Comet."""
+        tracker, step = monitor.tracker, len(monitor.losses)
+        pictures = {}
+        if monitor.losses:
+            pictures["loss_curve"] = monitor.plotter.draw(monitor.smoothed.get())
         images, labels = self.test_images[:20], self.test_labels[:20].tolist()
         self.model.eval()
         logits = self.model(prepare(images, self.model, self.device))
         probabilities = logits.softmax(dim=1).cpu().numpy()  # (20, 10)
-        first = images[0], probabilities[0], labels[0]
-        return {
-            "sample_prediction": draw_sample(*first),
-            "single_prediction": draw_detail(*first),
-            "predictions_grid": draw_grid(images, probabilities, labels),
-        }
-
-    def keep(self, monitor, results=None):
-        """Write pictures, metrics and, with test results, the model; tell Comet."""
-        step = len(self.progress["loss_per_step"])
-        tracker = monitor.tracker
-        if monitor.losses:
-            curve = monitor.plotter.draw(monitor.smoothed.get())
-            tracker.log("log_image", curve, name="loss_curve", step=len(monitor.losses))
-        for name, figure in self.draw_predictions().items():
-            picture = save_picture(figure, self.folder / f"{name}.png")
+        for name, figure in {
+            "sample_prediction": draw_digits(images, probabilities, labels, 1, 1),
+            "single_prediction": draw_detail(images[0], probabilities[0], labels[0]),
+            "predictions_grid": draw_digits(images, probabilities, labels, 5, 4),
+        }.items():
+            pictures[name] = save_picture(figure, self.folder / f"{name}.png")
+        for name, picture in pictures.items():
             tracker.log("log_image", picture, name=name, step=step)
         if results:
             tracker.log("log_metrics", results, step=step)
             weights = self.model.state_dict().items()
             weights = {name: tensor.cpu().contiguous() for name, tensor in weights}
             save_tensors(self.folder / "model.pt", weights)
-        save_json(self.folder / "metrics.json", {**self.progress, **(results or {})})
+        metrics = json.dumps({**self.progress, **(results or {})}, indent=2)
+        write_file(self.folder / "metrics.json", metrics.encode())
 
 
 def make_run_folder(settings):
     """Make a new folder for a run; return its Path. Raises InputError."""
     stamp = time.strftime("%Y%m%d-%H%M%S-") + settings["model"]
-    names = (stamp + suffix for suffix in ("", *(f"-{n}" for n in range(2, 100))))
-    folder = next(
-        f for n in names if not (f := Path(settings["output_dir"], n)).exists()
-    )
+    folder, number = Path(settings["output_dir"], stamp), 2
+    while folder.exists():
+        folder, number = folder.with_name(f"{stamp}-{number}"), number + 1
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        message = f"--output-dir: cannot make {folder}: {error.strerror}"
-        raise InputError(f"{message}; choose another folder") from None
+        raise InputError(f"--output-dir: no {folder}: {error.strerror}") from None
     return folder
+
+
+def get_shapes(state):
+    """Return the names and shapes of what the state of an optimizer holds."""
+    named = [(i, name, value) for i in state for name, value in state[i].items()]
+    return [(i, name, getattr(value, "shape", None)) for i, name, value in named]
 
 
 def print_title(text):
@@ -1022,75 +963,60 @@ def stop(signum, frame):
     """Handle Ctrl-C and SIGTERM: end in good order. A second one ends at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    raise Interrupted(signum)
+    error = Interrupted(f"interrupted by {signal.Signals(signum).name}")
+    error.status = 128 + signum
+    raise error
 
 
-def do_main_job(settings):
-    """Train, evaluate, show and track; return the exit status."""
-    resumed = settings["resume"] is not None
-    folder = Path(settings["resume"]) if resumed else make_run_folder(settings)
+def main(settings):
+    """Train, evaluate, show and track as `settings` say; return the exit status."""
+    # Lines in step with the bars, in a pipe too; paths in letters that the console lacks.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    keep_freed_memory()
+    folder = uploaded = None
+    status, begun = 0, False
     try:
+        folder = Path(settings["resume"] or make_run_folder(settings))
         run = Run(settings, folder)
-        if resumed:
-            run.load_checkpoint()
         tracker = Tracker(settings["comet"], folder, run.comet_key)
-    except BaseException:
-        if not resumed:
-            shutil.rmtree(folder)  # there is nothing in it yet
-        raise
-    print("Settings:", ", ".join(f"{k} {v}" for k, v in run.settings.items()))
-    print(f"Device: {run.device}\nFolder: {folder}\nComet: {tracker.state}")
-    title = {"cnn": "CNN", "fc": "FULLY CONNECTED"}[settings["model"]]
-    print_title(f"TRAINING {title} MODEL")
-    print(run.architecture.getvalue())
-
-    run.comet_key = tracker.key
-    tracker.log("set_name", folder.name)
-    tracker.log("log_parameters", run.settings)
-    tracker.log("set_model_graph", str(run.model))
-    losses = run.progress["loss_per_step"]
-    tracker.log_losses(
-        losses, len(losses), live=False
-    )  # there are some if it's resumed
-    for epoch in range(1, len(run.progress["train_loss"]) + 1):
-        run.log_epoch(tracker, epoch, live=False)
-    picture = folder / "loss_curve.png"
-    plotter = PeriodicPlotter(2, "iteration", "training loss", "semilogy", picture)
-    monitor = Monitor(losses, plotter, tracker)
-    status, uploaded = 0, None
-    try:
+        monitor = Monitor(run.progress["losses"], folder / "loss_curve.png", tracker)
+        run.comet_key = tracker.key
         run.save_checkpoint()  # a full disk shows now, not after the first epoch
+        begun = True
+        title = settings["model"].upper()
+        print("Settings:", ", ".join(f"{k} {v}" for k, v in run.settings.items()))
+        print(f"Device: {run.device}\nFolder: {folder}\nComet: {tracker.state}")
+        print_title(f"TRAINING {title} MODEL")
+        print(run.model)
+        summary(MODELS[settings["model"]](), (1, 28, 28), device="cpu")
+        run.introduce(tracker)
         run.train(monitor)
         print_title(f"EVALUATING {title} MODEL")
         run.keep(monitor, run.test())
         uploaded = tracker.finish()
         place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
         print_title(f"TRAINING COMPLETE - {place}")
-    except (Interrupted, UserError, OSError) as error:
+    except (Interrupted, UserError, OSError, FloatingPointError) as error:
+        status = report(error)
+        if not begun:
+            if folder and not settings["resume"]:
+                shutil.rmtree(folder)  # there is nothing in it yet
+            return status
         with contextlib.suppress(UserError, OSError):  # keep what is good
             run.load_checkpoint()
             run.keep(monitor)
             if not uploaded and (uploaded := tracker.finish()):
                 print(uploaded)
-        done, go_on = len(run.progress["train_loss"]), shlex.quote(str(folder))
-        note = f"stopped after epoch {done} of {run.settings['epochs']}"
-        print(f"{note}; to go on: python main.py --resume {go_on}", file=sys.stderr)
-        status = report(error)
-    sys.stdout.flush()
+        if not isinstance(error, FloatingPointError):
+            done = f"{len(run.progress['train_loss'])} of {settings['epochs']} epochs"
+            command = f"python main.py --resume {shlex.quote(str(folder))}"
+            print(f"{done} are safe; to go on: {command}", file=sys.stderr)
     if tracker.given_up:
+        sys.stdout.flush()
         os._exit(status)  # without waiting for threads of Comet that hang
     return status
-
-
-def main(settings):
-    """Do what `settings` (from read_settings) say; return the exit status."""
-    sys.stdout.reconfigure(line_buffering=True)  # in step with the bars, in a pipe too
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        return do_main_job(settings)
-    except (Interrupted, UserError, OSError) as error:
-        return report(error)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# For the fork server, which does not look where pytest does.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
 
@@ -92,7 +94,9 @@ class Run:
 @pytest.fixture
 def environment(tmp_path):
     """An environment with no Comet key and no proxy, its home in an empty folder."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("COMET", "PYTHON"))
+    }
     home = tmp_path / "home"
     home.mkdir()
     return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home), "no_proxy": "*"}
@@ -120,6 +124,7 @@ def run_script(tmp_path, environment):
     def run(*arguments, folder=tmp_path, **more):
         return subprocess.run(
             [sys.executable, ROOT / "main.py", *map(str, arguments)],
+            check=False,
             cwd=folder,
             env=environment | more,
             capture_output=True,

@@ -1,0 +1,125 @@
+"""The two networks: their structure, and that the CNN computes what its text says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import main
+
+PRINTED = """\
+CNN(
+  (conv1): Conv2d(1, 24, kernel_size=(3, 3), stride=(1, 1))
+  (pool1): MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+  (conv2): Conv2d(24, 36, kernel_size=(3, 3), stride=(1, 1))
+  (pool2): MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+  (flatten): Flatten(start_dim=1, end_dim=-1)
+  (fc1): Linear(in_features=900, out_features=128, bias=True)
+  (relu): ReLU()
+  (fc2): Linear(in_features=128, out_features=10, bias=True)
+)"""
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """300 real images, 28x28, normalised, and their labels."""
+    images, labels, *_ = main.load_mnist(main.DATA_DIR)
+    return (images[:300, None] / 255 - 0.1307) / 0.3081, labels[:300]
+
+
+def plain(model, x):
+    """The CNN in its documented form: convolution, ReLU, max-pool; twice; two linear."""
+    x = F.max_pool2d(F.relu(F.conv2d(x, model.conv1.weight, model.conv1.bias)), 2)
+    x = F.max_pool2d(F.relu(F.conv2d(x, model.conv2.weight, model.conv2.bias)), 2)
+    x = F.relu(F.linear(x.flatten(1), model.fc1.weight, model.fc1.bias))
+    return F.linear(x, model.fc2.weight, model.fc2.bias)
+
+
+def compute(model, forward, x, labels):
+    """Return the logits, and the gradients of the cross-entropy by parameter."""
+    model.zero_grad()
+    logits = forward(x)
+    F.cross_entropy(logits, labels).backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(one, other):
+    """Logits and all gradients are the same, up to float32 rounding."""
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert all(gradient.abs().max() > 1e-4 for gradient in one[1].values())
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_cnn_prints_as_documented():
+    assert str(main.CNN()) == PRINTED
+
+
+def test_cnn_has_124670_parameters():
+    assert count(main.CNN()) == 124_670
+
+
+def test_cnn_shapes_on_the_way(digits):
+    model, shapes = main.CNN(), {}
+    for name, module in model.named_children():
+        module.register_forward_hook(
+            lambda module, x, y, name=name: shapes.update({name: tuple(y.shape[1:])})
+        )
+    assert model(digits[0]).shape == (300, 10)
+    assert shapes["pool1"] == (24, 13, 13)
+    assert shapes["pool2"] == (36, 5, 5)
+    assert shapes["flatten"] == (900,)
+    assert shapes["fc1"] == (128,)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cnn_is_the_documented_computation(digits, layout):
+    torch.manual_seed(0)
+    model = main.CNN()
+    expected = compute(model, lambda x: plain(model, x), *digits)
+    model.to(memory_format=layout)
+    assert_same(compute(model, model, *digits), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cnn_loses_nothing_by_what_it_is_not_shown(digits, layout):
+    """prepare() leaves rows and columns out: results are those of the whole image."""
+    torch.manual_seed(1)
+    model = main.CNN()
+    whole, labels = digits
+    images = main.load_mnist(main.DATA_DIR)[0][:300]
+    expected = compute(model, lambda x: plain(model, x), whole, labels)
+    model.to(memory_format=layout)
+    view = main.prepare(images, model, "cpu")
+    assert view.shape[-1] < 28
+    assert_same(compute(model, model, view, labels), expected)
+
+
+def test_fully_connected_model_structure():
+    flatten, fc1, relu, fc2 = main.FullyConnectedModel().children()
+    kinds = [type(module).__name__ for module in (flatten, fc1, relu, fc2)]
+    assert kinds == ["Flatten", "Linear", "ReLU", "Linear"]
+    assert (fc1.in_features, fc1.out_features) == (784, 128)
+    assert (fc2.in_features, fc2.out_features) == (128, 10)
+
+
+def test_fully_connected_model_has_101770_parameters():
+    assert count(main.FullyConnectedModel()) == 101_770
+
+
+def test_fully_connected_model_is_the_documented_computation(digits):
+    model = main.FullyConnectedModel()
+
+    def forward(x):
+        x = F.relu(F.linear(x.flatten(1), model.fc1.weight, model.fc1.bias))
+        return F.linear(x, model.fc2.weight, model.fc2.bias)
+
+    expected = compute(model, forward, *digits)
+    assert_same(compute(model, model, *digits), expected)
+
+
+def test_fully_connected_model_is_shown_every_pixel():
+    images = torch.arange(784, dtype=torch.uint8).reshape(1, 28, 28)
+    shown = main.prepare(images, main.FullyConnectedModel(), "cpu")
+    assert shown.shape == (1, 1, 28, 28)
