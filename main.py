@@ -18,7 +18,6 @@ import os
 import pickletools
 import platform
 import queue
-import re
 import shlex
 import shutil
 import signal
@@ -51,9 +50,7 @@ DATA_DIR = str(Path(__file__).resolve().parent / "data")  # has MNIST/raw/*.gz
 OUTPUT_DIR = "runs"  # each run makes a new folder in it
 
 # Tracking on comet.com
-COMET = (
-    "auto"  # online, offline, off; auto: online if there is an API key, else offline
-)
+COMET = "auto"  # online, offline, off; auto: online if there is a key, else offline
 COMET_API_KEY = "YOUR_API_KEY_HERE"  # or the variable COMET_API_KEY, or ~/.comet.config
 COMET_PROJECT = "mnist-cnn"
 
@@ -99,7 +96,7 @@ def read_setting(name, text, allowed):
         wanted, good = "one of " + ", ".join(allowed), text in allowed
     elif isinstance(allowed, range):
         wanted = f"a whole number from {allowed[0]:,} to {allowed[-1]:,}"
-        value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+        value = int(text) if text.isdecimal() and len(text) < 20 else -1
         good = value in allowed
     elif allowed is float:
         wanted = "a number above 0, at most 1e9"
@@ -142,21 +139,18 @@ def read_settings(argv):
             kept = json.loads(config.read_text(encoding="utf-8"))["settings"]
             kept = {name: kept[name] for name in FLAGS}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"{config}: {type(error).__name__}: {error}"
-            raise InputError(f"--resume: {run} is no run's folder ({reason})") from None
+            raise InputError(f"--resume: {run} is no run's folder: {error!r}") from None
     settings = {"resume": run}
     for name, (_, allowed, _) in FLAGS.items():
         source = flag_of(name) if name in given else f"{origin} {name.upper()}"
         text = given.get(name, str(kept[name]))
         settings[name] = read_setting(source, text, allowed)
-        if run and name not in RESUMABLE and settings[name] != kept[name]:
+        if run is not None and name not in RESUMABLE and settings[name] != kept[name]:
             raise InputError(f"{source} {text}: the run to resume has {kept[name]}")
 
     images = settings["limit"] or 60_000
     if settings["batch_size"] > images:
-        raise InputError(
-            f"--batch-size must be at most {images:,}, the training images"
-        )
+        raise InputError(f"--batch-size must be at most {images:,}, the images")
     device, drivers = settings["device"], ("nvidia", "nvhost", "nvmap", "kfd", "dxg")
     missing = {"mps": platform.system() != "Darwin"}  # PyTorch has the last word
     if platform.system() == "Linux":
@@ -182,9 +176,14 @@ def report(error):
     return getattr(error, "status", 1)
 
 
+def handle_signals(handler):
+    """Have Ctrl-C and SIGTERM call handler(number, frame)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # there is nothing to save yet
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    handle_signals(lambda number, frame: os._exit(128 + number))  # nothing to save yet
     try:
         SETTINGS = read_settings(sys.argv[1:])
     except InputError as error:
@@ -288,19 +287,20 @@ def load_mnist(data_dir):
                 if not find_fault(source / name, md5):
                     shutil.copyfile(source / name, unpacked / name)
                     break
-            else:
-                print(f"{faults[name]}: trying torchvision's mirrors", file=sys.stderr)
+        if len(os.listdir(unpacked)) < len(SIZES):
+            print("MNIST is incomplete: trying torchvision's mirrors", file=sys.stderr)
         socket.setdefaulttimeout(20)  # seconds: a silent mirror must not hang the run
         try:
             train = MNIST(scratch, train=True, download=True)
             test = MNIST(scratch, train=False)
-        except (OSError, RuntimeError, HTTPException):
+        except (OSError, RuntimeError, HTTPException) as error:
             for (name, md5), size in zip(MNIST.resources, SIZES):
                 if find_fault(unpacked / name, md5):
-                    what = f"the archive of {size:,} bytes with MD5 sum {md5}"
-                    advice = f"and no mirror has it; put {what} there (data/README.md)"
-                    raise InputError(f"{faults[name]}, {advice}") from None
-            raise
+                    wanted = f"put there the file of {size:,} bytes with MD5 sum {md5}"
+                    raise InputError(
+                        f"{faults[name]}, no mirror has it: {wanted}"
+                    ) from None
+            raise UserError(f"cannot unpack MNIST in {scratch}: {error}") from None
         finally:
             socket.setdefaulttimeout(None)
         for name, fault in faults.items():
@@ -314,10 +314,7 @@ def load_mnist(data_dir):
 
 
 def prepare(images, model, device):
-    """Return uint8 images (N, 28, 28) as normalised floats (N, 1, H, H) on the device.
-
-    H of the 28 rows and columns are what the model sees.
-    """
+    """Return uint8 images (N, 28, 28) as normalised floats (N, 1, seen, seen) there."""
     x = images[:, None, : model.seen, : model.seen].to(device).float()
     return x.div_(255).sub_(MEAN).div_(STD)
 
@@ -447,8 +444,9 @@ class PeriodicPlotter:
         self.axes.set_xscale("log" if scale in ("semilogx", "loglog") else "linear")
         self.axes.set_yscale("log" if scale in ("semilogy", "loglog") else "linear")
         self.axes.grid(which="both", alpha=0.3)
-        self.axes.yaxis.set_major_formatter("{x:g}")
-        self.axes.yaxis.set_minor_formatter("{x:g}")
+        y = self.axes.yaxis
+        y.set_major_formatter("{x:g}")
+        y.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
         (self.curve,) = self.axes.plot([], [], color=BLUE, linewidth=1.2)
         self.drawn = time.monotonic()
 
@@ -531,7 +529,7 @@ def draw_digits(images, probabilities, labels, rows, columns):
 
 def draw_detail(image, probabilities, label):
     """Return a Figure: a digit (28, 28) beside a bar chart of its ten probabilities."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="compressed")
     left, chart = figure.subplots(1, 2, width_ratios=(1, 1.6))
     show_digit(left, image, probabilities, label)
     percent = [100 * float(p) for p in probabilities]
@@ -562,10 +560,10 @@ def write_file(path, data):
 
 
 def save_picture(figure, path=None):
-    """Return the figure as PNG (bytes); write it to `path`, if there is one."""
+    """Return a Figure as PNG (bytes), written to `path` if there is one."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    if path is not None:
+    if path:
         write_file(path, buffer.getvalue())
     return buffer.getvalue()
 
@@ -584,7 +582,7 @@ def load_tensors(path):
     tensors, not compressed and mapped from the file, keep it from filling the memory.
     """
     allowed = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-    allowed |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Byte")}
+    allowed |= {f"torch {kind}Storage" for kind in ("Float", "Byte")}
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -650,8 +648,7 @@ class Tracker:
             return
         self.comet = comet_ml
         if mode == "online" and api_key in NO_KEY:
-            advice = "set the variable COMET_API_KEY, or take --comet offline"
-            raise InputError(f"--comet online: there is no API key; {advice}")
+            raise InputError("--comet online: there is no API key; set COMET_API_KEY")
         if mode == "offline" or api_key in NO_KEY:
             return
         self.outbox = queue.SimpleQueue()  # of the events to send
@@ -793,8 +790,8 @@ class Run:
         if self.device.type == "cpu":  # whose convolutions like the channels last
             self.model.to(memory_format=torch.channels_last)
         optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-        optimizer = optimizer[settings["optimizer"]]
-        self.optimizer = optimizer(self.model.parameters(), lr=settings["lr"])
+        parameters, lr = self.model.parameters(), settings["lr"]
+        self.optimizer = optimizer[settings["optimizer"]](parameters, lr=lr)
         if settings["resume"]:
             self.load_checkpoint()
         packages = "torch", "torchvision", "numpy", "matplotlib", "comet-ml"
@@ -840,18 +837,16 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter)  # so that this step shows
             self.optimizer.step()  # what state to expect, and no more
             expected, state = self.optimizer.state_dict(), saved["optimizer"]
-            if epochs and get_shapes(state) != get_shapes(expected["state"]):
+            if get_shapes(state) != get_shapes(expected["state"] if epochs else {}):
                 raise ValueError("it has another optimizer")
             if saved["shuffle"].shape != self.shuffle.get_state().shape:
                 raise ValueError("it has another random generator")
-            if not re.fullmatch("[0-9a-f]{32}", saved["comet_key"]):
-                raise ValueError("it has an odd Comet key")
             for name, values in numbers.items():
                 self.progress[name] = [float(value) for value in values]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict({**expected, "state": state})
             self.shuffle.set_state(saved["shuffle"])
-            self.comet_key = saved["comet_key"]
+            self.comet_key = uuid.UUID(hex=saved["comet_key"]).hex
         except Exception as error:  # noqa: BLE001, a made-up file can raise anything
             raise InputError(f"{path} is not of this run ({error!r:.200})") from None
 
@@ -864,35 +859,33 @@ class Run:
             start = time.perf_counter()
             order = torch.randperm(len(labels), generator=self.shuffle).to(self.device)
             batches = make_batches(images, labels, batch_size, order)
+            task = self.model, batches, F.cross_entropy, self.optimizer, monitor.step
             with tqdm(total=self.steps) as monitor.bar:
-                loss, accuracy = train_epoch(
-                    self.model, batches, F.cross_entropy, self.optimizer, monitor.step
-                )
+                loss, accuracy = train_epoch(*task)
                 monitor.show()
             if not all(p.isfinite().all() for p in self.model.parameters()):
                 raise FloatingPointError(f"{WENT_WRONG} a weight is not finite")
-            seconds = time.perf_counter() - start
-            for name, value in zip(PER_EPOCH, (accuracy, loss, seconds)):
-                self.progress[name].append(value)
+            numbers = accuracy, loss, time.perf_counter() - start
+            for name, number in zip(PER_EPOCH, numbers):
+                self.progress[name].append(number)
             self.save_checkpoint()
             print(f"Epoch {epoch}/{epochs}, Accuracy: {accuracy:.4f}")
-            self.log_epoch(monitor.tracker, epoch)
+            self.log_epoch(epoch, numbers, monitor.tracker)
 
-    def log_epoch(self, tracker, epoch, live=True):
-        """Tell Comet the metrics of an epoch, counted from 1."""
-        metrics = {name: self.progress[name][epoch - 1] for name in PER_EPOCH}
-        step = epoch * self.steps
+    def log_epoch(self, epoch, numbers, tracker, live=True):
+        """Tell Comet the numbers PER_EPOCH of an epoch, counted from 1."""
+        step, metrics = epoch * self.steps, dict(zip(PER_EPOCH, numbers))
         tracker.log("log_metrics", metrics, step=step, epoch=epoch, live=live)
 
     def introduce(self, tracker):
-        """Tell Comet what the run is, and what it has done if it was resumed."""
+        """Tell Comet what the run is, and, if it was resumed, what it has done."""
         tracker.log("set_name", self.folder.name)
         tracker.log("log_parameters", self.settings)
         tracker.log("set_model_graph", str(self.model))
-        losses = self.progress["losses"]
+        losses, *epochs = (self.progress[name] for name in ("losses", *PER_EPOCH))
         tracker.log_losses(losses, len(losses), live=False)
-        for epoch in range(1, len(self.progress["train_loss"]) + 1):
-            self.log_epoch(tracker, epoch, live=False)
+        for epoch, numbers in enumerate(zip(*epochs), 1):
+            self.log_epoch(epoch, numbers, tracker, live=False)
 
     @torch.no_grad()
     def test(self):
@@ -961,8 +954,7 @@ def print_title(text):
 
 def stop(signum, frame):
     """Handle Ctrl-C and SIGTERM: end in good order. A second one ends at once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    handle_signals(signal.SIG_DFL)
     error = Interrupted(f"interrupted by {signal.Signals(signum).name}")
     error.status = 128 + signum
     raise error
@@ -972,11 +964,9 @@ def main(settings):
     """Train, evaluate, show and track as `settings` say; return the exit status."""
     # Lines in step with the bars, in a pipe too; paths in letters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    handle_signals(stop)
     keep_freed_memory()
-    folder = uploaded = None
-    status, begun = 0, False
+    folder, uploaded, status, begun = None, None, 0, False
     try:
         folder = Path(settings["resume"] or make_run_folder(settings))
         run = Run(settings, folder)
@@ -999,6 +989,7 @@ def main(settings):
         place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
         print_title(f"TRAINING COMPLETE - {place}")
     except (Interrupted, UserError, OSError, FloatingPointError) as error:
+        handle_signals(signal.SIG_DFL)
         status = report(error)
         if not begun:
             if folder and not settings["resume"]:
@@ -1013,6 +1004,7 @@ def main(settings):
             done = f"{len(run.progress['train_loss'])} of {settings['epochs']} epochs"
             command = f"python main.py --resume {shlex.quote(str(folder))}"
             print(f"{done} are safe; to go on: {command}", file=sys.stderr)
+    handle_signals(signal.SIG_DFL)
     if tracker.given_up:
         sys.stdout.flush()
         os._exit(status)  # without waiting for threads of Comet that hang
