@@ -4,7 +4,6 @@ python main.py                          train the CNN: 7 epochs of 60,000 digits
 python main.py --model fc               train the fully connected baseline instead
 python main.py --limit 2000 --epochs 1  a quick look
 python main.py --resume runs/NAME       go on with a run that was stopped
-python main.py --help                   every flag; each is a constant below
 """
 
 import argparse
@@ -74,19 +73,13 @@ RESUMABLE = ("epochs", "device", "comet")  # settings that a resumed run may cha
 
 
 class UserError(Exception):
-    """What went wrong, for the user: one line on standard error, then exit."""
-
-    status = 1
+    """What went wrong, for the user: one line on standard error, then exit status 1."""
 
 
 class InputError(UserError):
-    """The command line or an input file is wrong."""
+    """The command line or an input file is wrong: exit status 2."""
 
     status = 2
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; `status` is the exit status."""
 
 
 def read_setting(name, text, allowed):
@@ -103,8 +96,8 @@ def read_setting(name, text, allowed):
         with contextlib.suppress(ValueError):
             value = float(text)
             good = 0 < value <= 1e9
-    elif text.isprintable():
-        path = Path(text or "/dev/null").absolute()
+    elif text and text.isprintable():
+        path = Path(text).absolute()
         good = next(p for p in (path, *path.parents) if os.path.lexists(p)).is_dir()
     if not good:
         raise InputError(f"{name} must be {wanted}, not {text!r}")
@@ -136,10 +129,13 @@ def read_settings(argv):
     if run is not None:
         origin = config = Path(run, "config.json")
         try:
-            kept = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            with open(config, encoding="utf-8") as file:
+                kept = json.loads(file.read(100_000))["settings"]
             kept = {name: kept[name] for name in FLAGS}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"--resume: {run} is no run's folder: {error!r}") from None
+            raise InputError(
+                f"--resume: {config} is no run's: {error!r:.200}"
+            ) from None
     settings = {"resume": run}
     for name, (_, allowed, _) in FLAGS.items():
         source = flag_of(name) if name in given else f"{origin} {name.upper()}"
@@ -150,7 +146,7 @@ def read_settings(argv):
 
     images = settings["limit"] or 60_000
     if settings["batch_size"] > images:
-        raise InputError(f"--batch-size must be at most {images:,}, the images")
+        raise InputError(f"--batch-size must be from 1 to {images:,}, all the images")
     device, drivers = settings["device"], ("nvidia", "nvhost", "nvmap", "kfd", "dxg")
     missing = {"mps": platform.system() != "Darwin"}  # PyTorch has the last word
     if platform.system() == "Linux":
@@ -253,63 +249,18 @@ MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
 # ===== Data ===========================================================================
 
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
-SIZES = 9_912_422, 28_881, 1_648_877, 4_542  # bytes, of the files in MNIST.resources
-
-
-def find_fault(archive, md5):
-    """Return what is wrong with a file, or None if its MD5 sum is as it should be."""
-    try:
-        if check_integrity(archive, md5):
-            return None
-        return "damaged" if archive.exists() else "missing"
-    except OSError as error:
-        return f"not readable ({error.strerror})"
 
 
 def load_mnist(data_dir):
     """Return MNIST: train images, train labels, test images, test labels.
 
-    uint8 (60000, 28, 28), int64 (60000,), uint8 (10000, 28, 28), int64 (10000,).
-    They come from four archives in `data_dir`/MNIST/raw, or, where one is missing or
-    damaged, beside this script, or from torchvision's mirrors; else InputError. They are
-    unpacked in a temporary folder: `data_dir` may be read-only.
+    uint8 (60000, 28, 28), int64 (60000,), uint8 (10000, 28, 28), int64 (10000,), from the
+    four archives in `data_dir`/MNIST/raw. Raises InputError; see gather_archives.
     """
-    raw = Path(data_dir, "MNIST", "raw")
-    bundled = Path(__file__).resolve().parent / "data" / "MNIST" / "raw"
-    faults = {}
+    # Unpacked anew each time, so that nothing half unpacked or read-only is in the way.
     with tempfile.TemporaryDirectory(prefix="mnist-") as scratch:
-        unpacked = Path(scratch, "MNIST", "raw")
-        unpacked.mkdir(parents=True)
-        for name, md5 in MNIST.resources:
-            if fault := find_fault(raw / name, md5):
-                faults[name] = f"{raw / name} is {fault}"
-            for source in (raw, bundled):
-                if not find_fault(source / name, md5):
-                    shutil.copyfile(source / name, unpacked / name)
-                    break
-        if len(os.listdir(unpacked)) < len(SIZES):
-            print("MNIST is incomplete: trying torchvision's mirrors", file=sys.stderr)
-        socket.setdefaulttimeout(20)  # seconds: a silent mirror must not hang the run
-        try:
-            train = MNIST(scratch, train=True, download=True)
-            test = MNIST(scratch, train=False)
-        except (OSError, RuntimeError, HTTPException) as error:
-            for (name, md5), size in zip(MNIST.resources, SIZES):
-                if find_fault(unpacked / name, md5):
-                    wanted = f"put there the file of {size:,} bytes with MD5 sum {md5}"
-                    raise InputError(
-                        f"{faults[name]}, no mirror has it: {wanted}"
-                    ) from None
-            raise UserError(f"cannot unpack MNIST in {scratch}: {error}") from None
-        finally:
-            socket.setdefaulttimeout(None)
-        for name, fault in faults.items():
-            try:
-                raw.mkdir(parents=True, exist_ok=True)
-                write_file(raw / name, (unpacked / name).read_bytes())
-                print(f"{fault}: put the original there", file=sys.stderr)
-            except (OSError, UserError):
-                print(f"{fault}: took the original from elsewhere", file=sys.stderr)
+        gather_archives(data_dir, scratch)
+        train, test = MNIST(scratch, train=True), MNIST(scratch, train=False)
     return train.data, train.targets, test.data, test.targets
 
 
@@ -319,9 +270,8 @@ def prepare(images, model, device):
     return x.div_(255).sub_(MEAN).div_(STD)
 
 
-def make_batches(images, labels, batch_size, order=None):
+def make_batches(images, labels, batch_size, order):
     """Yield (images, labels) a batch at a time, in the order of the given indices."""
-    order = torch.arange(len(labels)) if order is None else order
     for chosen in order.split(batch_size):
         yield images[chosen], labels[chosen]
 
@@ -331,24 +281,20 @@ def make_batches(images, labels, batch_size, order=None):
 
 def select_device(name="auto"):
     """Return the torch.device of that name; "auto": the best there is. InputError if none."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    there = {"mps": mps, "cuda": cuda}
     if name == "auto":
-        return torch.device(there[0])
-    if name not in there:
-        raise InputError(f"--device {name}: PyTorch finds only {', '.join(there)} here")
+        name = next((device for device in there if there[device]), "cpu")
+    if not there.get(name, True):
+        raise InputError(f"--device {name}: PyTorch finds none here; use auto or cpu")
     return torch.device(name)
 
 
 def keep_freed_memory():
     """Have glibc keep freed memory: to fault it in again takes a third of every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc, no need
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+        for threshold in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: in bytes
+            ctypes.CDLL(None).mallopt(threshold, 2**30)
 
 
 def train_epoch(model, batches, loss_function, optimizer, on_step):
@@ -379,10 +325,9 @@ def train_epoch(model, batches, loss_function, optimizer, on_step):
 def evaluate(model, batches, loss_function=F.cross_entropy):
     """Return the model's (mean loss, accuracy) over all images of `batches`.
 
-    `batches` yields images and labels, as a DataLoader does; every image weighs the
-    same, whatever the size of its batch. `loss_function` returns a batch's mean loss.
-    The model is left in the mode, training or evaluation, that it was in.
-    Raises ValueError if there are no images.
+    `batches` yields images and labels, as a DataLoader does; `loss_function` returns a
+    batch's mean loss; every image weighs the same. The model is left in the mode,
+    training or evaluation, that it was in. ValueError if there are no images.
     """
     was_training = model.training
     model.eval()
@@ -468,13 +413,12 @@ class PeriodicPlotter:
 class Monitor:
     """Shows the losses: bar, curve, Comet. They wait on the device for 0.2 s at a time."""
 
-    def __init__(self, losses, picture, tracker):
+    def __init__(self, losses, png, tracker):
         self.losses = losses  # a list: of every step since the first epoch
         self.smoothed = LossHistory(smoothing_factor=0.95)
         for loss in losses:
             self.smoothed.append(loss)
-        names = "iteration", "training loss (smoothed)"
-        self.plotter = PeriodicPlotter(2, *names, "semilogy", picture)
+        self.plotter = PeriodicPlotter(2, "iteration", "smoothed loss", "semilogy", png)
         self.tracker = tracker
         self.bar = None  # a tqdm, a new one each epoch
         self.waiting, self.shown = [], time.monotonic()
@@ -491,8 +435,7 @@ class Monitor:
         self.waiting.clear()
         for value in values:
             if not math.isfinite(value):
-                step = f"step {len(self.losses) + 1:,}"
-                raise FloatingPointError(f"{WENT_WRONG} the loss is {value} at {step}")
+                raise FloatingPointError(f"{WENT_WRONG} the loss is {value}")
             self.losses.append(value)
             self.smoothed.append(value)
         smoothed, step = self.smoothed.get(), len(self.losses)
@@ -537,11 +480,55 @@ def draw_detail(image, probabilities, label):
     bars[probabilities.argmax()].set(color=left.title.get_color())
     chart.bar_label(bars, [f"{p:.1f}" for p in percent], fontsize=8)
     chart.set(xlabel="digit", ylabel="probability (%)", xticks=range(10), ylim=(0, 110))
-    chart.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 # ===== Files ==========================================================================
+
+
+def is_sound(archive, md5):
+    """Tell whether a file can be read and has the MD5 sum that it should have."""
+    with contextlib.suppress(OSError):
+        return check_integrity(archive, md5)
+    return False
+
+
+def gather_archives(data_dir, scratch):
+    """Put MNIST into `scratch`, unpacked, from `data_dir`.
+
+    What is missing or damaged there is taken from beside this script, or from
+    torchvision's mirrors, and put there; if that fails too, InputError.
+    """
+    raw, unpacked = Path(data_dir, "MNIST", "raw"), Path(scratch, "MNIST", "raw")
+    bundled = Path(__file__).resolve().parent / "data" / "MNIST" / "raw"
+    unpacked.mkdir(parents=True)
+    for name, md5 in MNIST.resources:
+        for source in (raw, bundled):
+            if is_sound(source / name, md5):
+                shutil.copyfile(source / name, unpacked / name)
+                break
+    if len(os.listdir(unpacked)) < len(MNIST.resources):
+        print("MNIST is incomplete: trying torchvision's mirrors", file=sys.stderr)
+    socket.setdefaulttimeout(20)  # seconds: a silent mirror must not hang the run
+    try:
+        MNIST(scratch, train=False, download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        sizes = 9_912_422, 28_881, 1_648_877, 4_542  # bytes, of MNIST.resources
+        for (name, md5), size in zip(MNIST.resources, sizes):
+            if not is_sound(unpacked / name, md5):
+                lost = f"{raw / name} is missing or damaged, and no mirror answers"
+                wanted = f"put there the file of {size:,} bytes with MD5 sum {md5}"
+                raise InputError(f"{lost}; {wanted}") from None
+        raise UserError(f"cannot unpack MNIST in {scratch}: {error}") from None
+    for name, md5 in MNIST.resources:
+        if not is_sound(raw / name, md5):
+            note = f"{raw / name} was missing or damaged: "
+            try:
+                raw.mkdir(parents=True, exist_ok=True)
+                write_file(raw / name, (unpacked / name).read_bytes())
+                print(note + "put the original there", file=sys.stderr)
+            except (OSError, UserError):
+                print(note + "took the original from elsewhere", file=sys.stderr)
 
 
 def write_file(path, data):
@@ -597,8 +584,9 @@ def load_tensors(path):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return copy.deepcopy(loaded)
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise InputError(f"{path} is damaged, or none of ours ({reason})") from None
+        raise InputError(
+            f"{path} is damaged, or none of ours: {error!r:.200}"
+        ) from None
 
 
 # ===== Tracking =======================================================================
@@ -622,8 +610,7 @@ class Tracker:
     """Tells Comet of the run; never holds it up for long, never makes it fail.
 
     Every event goes into a record. Online, a thread sends it as well. Unless the server
-    took all of them, and offline always, the record becomes an archive for
-    `comet upload`: KEY.zip in the run's folder.
+    took all of them, and offline always, the record becomes an archive, KEY.zip.
     """
 
     def __init__(self, mode, folder, key=None):
@@ -631,7 +618,7 @@ class Tracker:
         self.folder, self.key, self.resumed = folder, key or uuid.uuid4().hex, bool(key)
         self.record = []  # (milliseconds since 1970, method of an experiment, arguments)
         self.comet = self.outbox = self.url = self.trouble = None
-        self.under_way, self.complete, self.given_up = set(), False, False
+        self.under_way, self.given_up = set(), False
         self.state = mode if mode == "off" else "offline"
         if mode == "off":
             return
@@ -683,13 +670,11 @@ class Tracker:
             return None
         if self.outbox:
             self.outbox.put(None)
-            self.finished.wait(10)  # seconds
-            if self.complete:
+            if self.finished.wait(10) and self.url and not self.trouble:  # seconds
                 return self.url
             # Some of it may be there: the archive becomes an experiment of its own.
             self.given_up, self.resumed, self.key = True, False, uuid.uuid4().hex
         messages, path = self.comet.messages, self.folder / f"{self.key}.zip"
-        clock = messages.local_timestamp
         self.comet.config.set_global_experiment(None)  # forget one that hangs
         with tempfile.TemporaryDirectory(prefix="comet-") as scratch:
             experiment = self.start({"offline_directory": scratch}, online=False)
@@ -697,7 +682,6 @@ class Tracker:
                 # Let Comet show when it happened, not when it was written down.
                 messages.local_timestamp = lambda event=event: event[0]
                 self.call(experiment, *event)
-            messages.local_timestamp = clock
             experiment.end()
             (archive,) = Path(scratch).glob("*.zip")
             write_file(path, archive.read_bytes())
@@ -731,7 +715,6 @@ class Tracker:
                 experiment.end()
                 while self.under_way:
                     time.sleep(0.1)
-                self.complete = not self.trouble
         except Exception as error:  # noqa: BLE001, its text may have the key in it
             self.trouble = f"Comet failed ({type(error).__name__})"
         finally:
@@ -764,6 +747,7 @@ class Tracker:
 
 # ===== The run ========================================================================
 
+RULE = "=" * 70
 PER_EPOCH = ("train_accuracy", "train_loss", "epoch_seconds")  # a number for each epoch
 
 
@@ -831,16 +815,17 @@ class Run:
                 raise ValueError("config.json has other settings")
             numbers = {name: saved["progress"][name] for name in self.progress}
             epochs, *lengths = (len(values) for values in numbers.values())
-            if lengths != [epochs, epochs, epochs * self.steps]:
+            tensors = any(map(torch.is_tensor, numbers.values()))  # they may be huge
+            if tensors or lengths != [epochs, epochs, epochs * self.steps]:
                 raise ValueError("its numbers are not one an epoch or step")
+            if not math.isfinite(sum(map(sum, numbers.values()))):
+                raise ValueError("its numbers are not finite")
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # so that this step shows
             self.optimizer.step()  # what state to expect, and no more
             expected, state = self.optimizer.state_dict(), saved["optimizer"]
             if get_shapes(state) != get_shapes(expected["state"] if epochs else {}):
                 raise ValueError("it has another optimizer")
-            if saved["shuffle"].shape != self.shuffle.get_state().shape:
-                raise ValueError("it has another random generator")
             for name, values in numbers.items():
                 self.progress[name] = [float(value) for value in values]
             self.model.load_state_dict(saved["model"])
@@ -892,7 +877,9 @@ class Run:
         """Evaluate on the test images; return the results, and print them."""
         images = prepare(self.test_images, self.model, self.device)
         labels = self.test_labels.to(self.device)
-        loss, accuracy = evaluate(self.model, make_batches(images, labels, 1000))
+        loss, accuracy = evaluate(
+            self.model, zip(images.split(1000), labels.split(1000))
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(f"{WENT_WRONG} the test loss is {loss}")
         print(f"Test Accuracy: {accuracy:.4f}\nTest Loss: {loss:.4f}\n")
@@ -901,12 +888,12 @@ class Run:
         return {"test_accuracy": accuracy, "test_loss": loss}
 
     @torch.no_grad()
-    def keep(self, monitor, results=None):
-        """Write pictures, metrics and, with test results, the model; tell Comet."""
+    def keep(self, monitor, results):
+        """Write pictures, metrics and, if there are test results, the model; tell Comet."""
         tracker, step = monitor.tracker, len(monitor.losses)
-        pictures = {}
         if monitor.losses:
-            pictures["loss_curve"] = monitor.plotter.draw(monitor.smoothed.get())
+            curve = monitor.plotter.draw(monitor.smoothed.get())
+            tracker.log("log_image", curve, name="loss_curve", step=step)
         images, labels = self.test_images[:20], self.test_labels[:20].tolist()
         self.model.eval()
         logits = self.model(prepare(images, self.model, self.device))
@@ -916,29 +903,29 @@ class Run:
             "single_prediction": draw_detail(images[0], probabilities[0], labels[0]),
             "predictions_grid": draw_digits(images, probabilities, labels, 5, 4),
         }.items():
-            pictures[name] = save_picture(figure, self.folder / f"{name}.png")
-        for name, picture in pictures.items():
+            picture = save_picture(figure, self.folder / f"{name}.png")
             tracker.log("log_image", picture, name=name, step=step)
         if results:
             tracker.log("log_metrics", results, step=step)
             weights = self.model.state_dict().items()
             weights = {name: tensor.cpu().contiguous() for name, tensor in weights}
             save_tensors(self.folder / "model.pt", weights)
-        metrics = json.dumps({**self.progress, **(results or {})}, indent=2)
+        metrics = json.dumps({**self.progress, **results}, indent=2)
         write_file(self.folder / "metrics.json", metrics.encode())
 
 
 def make_run_folder(settings):
     """Make a new folder for a run; return its Path. Raises InputError."""
     stamp = time.strftime("%Y%m%d-%H%M%S-") + settings["model"]
-    folder, number = Path(settings["output_dir"], stamp), 2
-    while folder.exists():
-        folder, number = folder.with_name(f"{stamp}-{number}"), number + 1
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--output-dir: no {folder}: {error.strerror}") from None
-    return folder
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        folder = Path(settings["output_dir"], stamp + suffix)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if not folder.exists():
+                message = f"--output-dir: cannot make {folder}: {error.strerror}"
+                raise InputError(message) from None
 
 
 def get_shapes(state):
@@ -947,15 +934,10 @@ def get_shapes(state):
     return [(i, name, getattr(value, "shape", None)) for i, name, value in named]
 
 
-def print_title(text):
-    """Print a line between two rules."""
-    print("=" * 70, text, "=" * 70, sep="\n")
-
-
 def stop(signum, frame):
     """Handle Ctrl-C and SIGTERM: end in good order. A second one ends at once."""
     handle_signals(signal.SIG_DFL)
-    error = Interrupted(f"interrupted by {signal.Signals(signum).name}")
+    error = KeyboardInterrupt(f"interrupted by {signal.Signals(signum).name}")
     error.status = 128 + signum
     raise error
 
@@ -964,10 +946,10 @@ def main(settings):
     """Train, evaluate, show and track as `settings` say; return the exit status."""
     # Lines in step with the bars, in a pipe too; paths in letters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    handle_signals(stop)
-    keep_freed_memory()
-    folder, uploaded, status, begun = None, None, 0, False
+    folder, uploaded, status, begun, results = None, None, 0, False, {}
     try:
+        handle_signals(stop)
+        keep_freed_memory()
         folder = Path(settings["resume"] or make_run_folder(settings))
         run = Run(settings, folder)
         tracker = Tracker(settings["comet"], folder, run.comet_key)
@@ -978,17 +960,19 @@ def main(settings):
         title = settings["model"].upper()
         print("Settings:", ", ".join(f"{k} {v}" for k, v in run.settings.items()))
         print(f"Device: {run.device}\nFolder: {folder}\nComet: {tracker.state}")
-        print_title(f"TRAINING {title} MODEL")
+        print(RULE, f"TRAINING {title} MODEL", RULE, sep="\n")
         print(run.model)
         summary(MODELS[settings["model"]](), (1, 28, 28), device="cpu")
         run.introduce(tracker)
         run.train(monitor)
-        print_title(f"EVALUATING {title} MODEL")
-        run.keep(monitor, run.test())
+        print(RULE, f"EVALUATING {title} MODEL", RULE, sep="\n")
+        results = run.test()
+        run.keep(monitor, results)
         uploaded = tracker.finish()
+        handle_signals(signal.SIG_IGN)
         place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
-        print_title(f"TRAINING COMPLETE - {place}")
-    except (Interrupted, UserError, OSError, FloatingPointError) as error:
+        print(RULE, f"TRAINING COMPLETE - {place}", RULE, sep="\n")
+    except (KeyboardInterrupt, UserError, OSError, FloatingPointError) as error:
         handle_signals(signal.SIG_DFL)
         status = report(error)
         if not begun:
@@ -997,14 +981,13 @@ def main(settings):
             return status
         with contextlib.suppress(UserError, OSError):  # keep what is good
             run.load_checkpoint()
-            run.keep(monitor)
+            run.keep(monitor, results)
             if not uploaded and (uploaded := tracker.finish()):
                 print(uploaded)
         if not isinstance(error, FloatingPointError):
             done = f"{len(run.progress['train_loss'])} of {settings['epochs']} epochs"
             command = f"python main.py --resume {shlex.quote(str(folder))}"
             print(f"{done} are safe; to go on: {command}", file=sys.stderr)
-    handle_signals(signal.SIG_DFL)
     if tracker.given_up:
         sys.stdout.flush()
         os._exit(status)  # without waiting for threads of Comet that hang

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 # For the fork server, which does not look where pytest does.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+# Two processes with two threads each, on two cores, wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
 
@@ -50,6 +52,8 @@ class Run:
         self.folder = folder
         self.out = folder / f"console-{time.monotonic_ns()}"
         self.out.mkdir(parents=True)
+        for name in ("out", "err"):
+            (self.out / name).touch()
         self.process = FORKS.Process(
             target=_child, args=(arguments, folder, self.out, environment)
         )

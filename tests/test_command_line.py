@@ -21,9 +21,13 @@ SEED, LIMIT = WHOLE("0", "4,294,967,295"), WHOLE("0", "60,000")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 WRONG = [  # flag, value, what the message says is allowed
     *(("--epochs", value, EPOCHS) for value in ("0", "-1", "1.5", "abc", "10001")),
-    *(("--epochs", value, EPOCHS) for value in ("", " 1", "1_0", "٣", "9" * 5000)),
+    *(("--epochs", value, EPOCHS) for value in ("", " 1", "1_0", "9" * 5000)),
     *(("--batch-size", value, BATCH_SIZE) for value in ("0", "-1", "60001", "64.0")),
-    *(("--lr", value, "above 0") for value in ("0", "-1", "nan", "inf", "abc", "1e999")),
+    *(
+        ("--lr", value, "above 0")
+        for value in ("0", "-1", "nan", "inf", "abc", "1e999")
+    ),
+    ("--lr", "1e39", "at most 1e9"),
     *(("--seed", value, SEED) for value in ("-1", str(2**32), "x")),
     *(("--limit", value, LIMIT) for value in ("-1", "60001", "all")),
     *(("--model", value, "cnn, fc") for value in ("resnet", "CNN", "")),
@@ -47,7 +51,7 @@ ABSENT = [
 def finished(tmp_path_factory):
     """The folder of a small run that has ended well."""
     folder = tmp_path_factory.mktemp("finished")
-    flags = "--limit 64 --epochs 1 --comet off".split()
+    flags = ["--limit", "64", "--epochs", "1", "--comet", "off"]
     run = Run(flags, folder, dict(os.environ))
     assert run.wait() == 0, run.stderr
     return run.run_dir
@@ -96,7 +100,7 @@ def test_a_wrong_value_is_refused_with_its_flag_and_the_range(
         ("--batch-size", (1, 60_000)),
         ("--seed", (0, 2**32 - 1)),
         ("--limit", (0, 64, 60_000)),
-        ("--lr", (1e-9, 0.5, 1e6)),
+        ("--lr", (1e-9, 0.5, 1e6, 1e9)),
         ("--model", ("cnn", "fc")),
         ("--optimizer", ("sgd", "adam")),
         ("--device", ("auto", "cpu")),
@@ -135,7 +139,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused(spawn, tmp_path, path):
     assert "--output-dir" in run.stderr and path in run.stderr
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\ud800", "\udcff"])
+@pytest.mark.parametrize("text", ["a\0b", "\udcff", "a\nb"])
 def test_a_path_that_is_no_text_is_refused(refusal, text):
     assert "--output-dir" in refusal("--output-dir", text)
     assert "--data-dir" in refusal("--data-dir", text)
@@ -295,6 +299,7 @@ def test_no_slow_import_comes_before_the_flags_are_read(environment, arguments):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "main.py", *arguments.split()],
         env=environment,
+        check=False,
         capture_output=True,
         encoding="utf-8",
     )
@@ -345,6 +350,7 @@ def test_a_constant_out_of_range_is_refused(
         [sys.executable, edited_script(tmp_path, name, value)],
         cwd=tmp_path,
         env=environment,
+        check=False,
         capture_output=True,
         encoding="utf-8",
     )
@@ -357,6 +363,7 @@ def test_a_constant_is_the_default_of_its_flag(environment, tmp_path):
     done = subprocess.run(
         [sys.executable, script, "--help"],
         env=environment | {"COLUMNS": "500"},
+        check=False,
         capture_output=True,
         encoding="utf-8",
     )
