@@ -8,7 +8,6 @@ python main.py --resume runs/NAME       go on with a run that was stopped
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import io
 import json
@@ -121,7 +120,7 @@ def read_settings(argv):
         choices = "|".join(allowed) if isinstance(allowed, tuple) else "X"
         text += f" (default: {default})"
         parser.add_argument(flag_of(name), metavar=choices, help=text)
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a stopped run")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="a run to go on")
     given = vars(parser.parse_args(argv))
     run = given.pop("resume", None)
 
@@ -180,6 +179,7 @@ def handle_signals(handler):
 
 if __name__ == "__main__":
     handle_signals(lambda number, frame: os._exit(128 + number))  # nothing to save yet
+    sys.modules["triton"] = None  # spare us 70 MB and 0.4 s for a compiler we don't use
     try:
         SETTINGS = read_settings(sys.argv[1:])
     except InputError as error:
@@ -502,11 +502,11 @@ def gather_archives(data_dir, scratch):
     raw, unpacked = Path(data_dir, "MNIST", "raw"), Path(scratch, "MNIST", "raw")
     bundled = Path(__file__).resolve().parent / "data" / "MNIST" / "raw"
     unpacked.mkdir(parents=True)
+    faulty = [name for name, md5 in MNIST.resources if not is_sound(raw / name, md5)]
     for name, md5 in MNIST.resources:
-        for source in (raw, bundled):
-            if is_sound(source / name, md5):
-                shutil.copyfile(source / name, unpacked / name)
-                break
+        source = bundled / name if name in faulty else raw / name
+        if source.parent == raw or is_sound(source, md5):
+            shutil.copyfile(source, unpacked / name)
     if len(os.listdir(unpacked)) < len(MNIST.resources):
         print("MNIST is incomplete: trying torchvision's mirrors", file=sys.stderr)
     socket.setdefaulttimeout(20)  # seconds: a silent mirror must not hang the run
@@ -520,15 +520,14 @@ def gather_archives(data_dir, scratch):
                 wanted = f"put there the file of {size:,} bytes with MD5 sum {md5}"
                 raise InputError(f"{lost}; {wanted}") from None
         raise UserError(f"cannot unpack MNIST in {scratch}: {error}") from None
-    for name, md5 in MNIST.resources:
-        if not is_sound(raw / name, md5):
-            note = f"{raw / name} was missing or damaged: "
-            try:
-                raw.mkdir(parents=True, exist_ok=True)
-                write_file(raw / name, (unpacked / name).read_bytes())
-                print(note + "put the original there", file=sys.stderr)
-            except (OSError, UserError):
-                print(note + "took the original from elsewhere", file=sys.stderr)
+    for name in faulty:
+        note = f"{raw / name} was missing or damaged: "
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+            write_file(raw / name, (unpacked / name).read_bytes())
+            print(note + "put the original there", file=sys.stderr)
+        except (OSError, UserError):
+            print(note + "took the original from elsewhere", file=sys.stderr)
 
 
 def write_file(path, data):
@@ -565,8 +564,8 @@ def save_tensors(path, values):
 def load_tensors(path):
     """Return what save_tensors wrote. Raises InputError if `path` is anything else.
 
-    The file may come from anywhere. weights_only keeps it from running code; plain
-    tensors, not compressed and mapped from the file, keep it from filling the memory.
+    The file may come from anywhere. weights_only keeps it from running code; that it is
+    plain tensors, not compressed, keeps it from taking more memory than its size.
     """
     allowed = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
     allowed |= {f"torch {kind}Storage" for kind in ("Float", "Byte")}
@@ -581,8 +580,7 @@ def load_tensors(path):
             for code, argument, _ in pickletools.genops(archive.read(pickled)):
                 if "GLOBAL" in code.name and argument not in allowed:
                     raise ValueError(f"it holds {argument or 'more than tensors'}")
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return copy.deepcopy(loaded)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
         raise InputError(
             f"{path} is damaged, or none of ours: {error!r:.200}"
@@ -678,6 +676,9 @@ class Tracker:
         self.comet.config.set_global_experiment(None)  # forget one that hangs
         with tempfile.TemporaryDirectory(prefix="comet-") as scratch:
             experiment = self.start({"offline_directory": scratch}, online=False)
+            experiment.streamer.queue_timeout = (
+                0.05  # of its 1 s, end() would wait most
+            )
             for event in self.record:
                 # Let Comet show when it happened, not when it was written down.
                 messages.local_timestamp = lambda event=event: event[0]
@@ -716,7 +717,7 @@ class Tracker:
                 while self.under_way:
                     time.sleep(0.1)
         except Exception as error:  # noqa: BLE001, its text may have the key in it
-            self.trouble = f"Comet failed ({type(error).__name__})"
+            self.trouble = self.trouble or f"Comet failed ({type(error).__name__})"
         finally:
             self.started.set()
             self.finished.set()
@@ -732,9 +733,10 @@ class Tracker:
             try:
                 response = send(session, request, **named)
                 if response.status_code >= 400:
-                    self.trouble = f"Comet answers with status {response.status_code}"
-                    if "90212" in response.text:  # API_KEY_NOT_REGISTERED
-                        self.trouble = "Comet refuses the API key"
+                    refused = response.status_code == 401 or "90212" in response.text
+                    answer = f"answers with status {response.status_code}"
+                    answer = "refuses the API key" if refused else answer
+                    self.trouble = self.trouble or f"Comet {answer}"
                 return response
             except requests.RequestException:
                 self.trouble = self.trouble or "Comet does not answer"
@@ -759,16 +761,17 @@ class Run:
         self.settings = {name: settings[name] for name in FLAGS}
         self.folder = folder
         self.device = select_device(settings["device"])
-        data = load_mnist(settings["data_dir"])
-        limit = settings["limit"] or None
-        self.train_images, self.train_labels = data[0][:limit], data[1][:limit]
-        self.test_images, self.test_labels = data[2:]
-
+        images, labels, *test = load_mnist(settings["data_dir"])
+        self.test_images, self.test_labels = test
         torch.manual_seed(settings["seed"])
         self.model = MODELS[settings["model"]]()
         self.shuffle = torch.Generator().manual_seed(settings["seed"])
         self.progress = {name: [] for name in (*PER_EPOCH, "losses")}
-        self.steps = math.ceil(len(self.train_labels) / settings["batch_size"])
+        self.images = prepare(
+            images[: settings["limit"] or None], self.model, self.device
+        )
+        self.labels = labels[: len(self.images)].to(self.device)
+        self.steps = math.ceil(len(self.labels) / settings["batch_size"])
         self.comet_key = None
         self.model.to(self.device)
         if self.device.type == "cpu":  # whose convolutions like the channels last
@@ -836,10 +839,10 @@ class Run:
             raise InputError(f"{path} is not of this run ({error!r:.200})") from None
 
     def train(self, monitor):
-        """Train the epochs that are missing: a line and a checkpoint for each."""
+        """Train the missing epochs: a line and a checkpoint for each; write model.pt."""
         epochs, batch_size = self.settings["epochs"], self.settings["batch_size"]
-        images = prepare(self.train_images, self.model, self.device)
-        labels = self.train_labels.to(self.device)
+        images, labels = self.images, self.labels
+        keep_freed_memory()
         for epoch in range(len(self.progress["train_loss"]) + 1, epochs + 1):
             start = time.perf_counter()
             order = torch.randperm(len(labels), generator=self.shuffle).to(self.device)
@@ -856,6 +859,8 @@ class Run:
             self.save_checkpoint()
             print(f"Epoch {epoch}/{epochs}, Accuracy: {accuracy:.4f}")
             self.log_epoch(epoch, numbers, monitor.tracker)
+        weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_tensors(self.folder / "model.pt", weights)
 
     def log_epoch(self, epoch, numbers, tracker, live=True):
         """Tell Comet the numbers PER_EPOCH of an epoch, counted from 1."""
@@ -877,9 +882,7 @@ class Run:
         """Evaluate on the test images; return the results, and print them."""
         images = prepare(self.test_images, self.model, self.device)
         labels = self.test_labels.to(self.device)
-        loss, accuracy = evaluate(
-            self.model, zip(images.split(1000), labels.split(1000))
-        )
+        loss, accuracy = evaluate(self.model, zip(images.split(250), labels.split(250)))
         if not math.isfinite(loss):
             raise FloatingPointError(f"{WENT_WRONG} the test loss is {loss}")
         print(f"Test Accuracy: {accuracy:.4f}\nTest Loss: {loss:.4f}\n")
@@ -889,7 +892,7 @@ class Run:
 
     @torch.no_grad()
     def keep(self, monitor, results):
-        """Write pictures, metrics and, if there are test results, the model; tell Comet."""
+        """Write the pictures and metrics.json, with test results if any; tell Comet."""
         tracker, step = monitor.tracker, len(monitor.losses)
         if monitor.losses:
             curve = monitor.plotter.draw(monitor.smoothed.get())
@@ -907,9 +910,6 @@ class Run:
             tracker.log("log_image", picture, name=name, step=step)
         if results:
             tracker.log("log_metrics", results, step=step)
-            weights = self.model.state_dict().items()
-            weights = {name: tensor.cpu().contiguous() for name, tensor in weights}
-            save_tensors(self.folder / "model.pt", weights)
         metrics = json.dumps({**self.progress, **results}, indent=2)
         write_file(self.folder / "metrics.json", metrics.encode())
 
@@ -946,10 +946,9 @@ def main(settings):
     """Train, evaluate, show and track as `settings` say; return the exit status."""
     # Lines in step with the bars, in a pipe too; paths in letters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    folder, uploaded, status, begun, results = None, None, 0, False, {}
+    folder, uploaded, status, begun, kept = None, None, 0, False, False
     try:
         handle_signals(stop)
-        keep_freed_memory()
         folder = Path(settings["resume"] or make_run_folder(settings))
         run = Run(settings, folder)
         tracker = Tracker(settings["comet"], folder, run.comet_key)
@@ -966,8 +965,8 @@ def main(settings):
         run.introduce(tracker)
         run.train(monitor)
         print(RULE, f"EVALUATING {title} MODEL", RULE, sep="\n")
-        results = run.test()
-        run.keep(monitor, results)
+        run.keep(monitor, run.test())
+        kept = True
         uploaded = tracker.finish()
         handle_signals(signal.SIG_IGN)
         place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
@@ -980,8 +979,9 @@ def main(settings):
                 shutil.rmtree(folder)  # there is nothing in it yet
             return status
         with contextlib.suppress(UserError, OSError):  # keep what is good
-            run.load_checkpoint()
-            run.keep(monitor, results)
+            if not kept:
+                run.load_checkpoint()
+                run.keep(monitor, {})
             if not uploaded and (uploaded := tracker.finish()):
                 print(uploaded)
         if not isinstance(error, FloatingPointError):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOP_PER_IMAGE = 6.93e6
 
 
-def train_usually(epochs):
+def train_usually(epochs, seed=0):
     """Train and evaluate the way that tutorials do; return seconds an epoch, accuracy."""
     import torch
     from torch import nn
@@ -55,7 +55,7 @@ def train_usually(epochs):
             (raw / archive.name).symlink_to(archive)
         train = datasets.MNIST(folder, train=True, download=True, transform=transform)
         test = datasets.MNIST(folder, train=False, transform=transform)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss_function = nn.CrossEntropyLoss()
@@ -78,14 +78,14 @@ def train_usually(epochs):
     return {"seconds": seconds, "accuracy": correct / len(test)}
 
 
-def train_ours(limit):
+def train_ours(limit, seed=0):
     """Train one epoch with main.py's own Run, its bar, curve and checkpoint included."""
     sys.path.insert(0, str(ROOT))
+    sys.modules["triton"] = None  # as in main.py, when it is run
     import main
 
-    main.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--epochs=1", f"--limit={limit}", "--comet=off", "--device=cpu"]
+        flags = ["--epochs=1", f"--limit={limit}", f"--seed={seed}", "--device=cpu"]
         run = main.Run(main.read_settings(flags), Path(folder))
         tracker = main.Tracker("off", Path(folder))
         picture = Path(folder, "loss_curve.png")
@@ -116,6 +116,7 @@ def time_parts():
     """Run the default job, tracked offline; return where its seconds go."""
     start = time.perf_counter()
     sys.path.insert(0, str(ROOT))
+    sys.modules["triton"] = None  # as in main.py, when it is run
     import main
 
     seconds = {"imports": time.perf_counter() - start}
@@ -194,8 +195,8 @@ def main():
 
     usual, ours = [], []
     for number in range(arguments.rounds):
-        usual.append(run_child("usual", 1))
-        ours.append(run_child("ours", 0))
+        usual.append(run_child("usual", 1, number))
+        ours.append(run_child("ours", 0, number))
         a, b = usual[-1]["seconds"][0], ours[-1]["seconds"][0]
         print(f"round {number + 1}: usual {a:.2f} s, main.py {b:.2f} s, {a / b:.2f}x")
     rates = [rate["rate"], run_child("rate")["rate"]]  # before and after the rounds

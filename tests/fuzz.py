@@ -35,7 +35,7 @@ import main
 
 QUICK = ["--limit", "100", "--epochs", "1", "--comet", "off"]
 GIGABYTE = 2**30
-SECONDS = 60  # for one case; an endless one is killed then
+SECONDS = 120  # for one case; an endless one is killed then
 
 
 # ------------------------------------------------------------------------------ damage

@@ -103,10 +103,10 @@ def test_offline_the_loss_curve_grows_under_one_name(offline):
     images = offline.archive.images
     curves = [(step, data) for name, step, data in images if name == "loss_curve"]
     steps = [step for step, _ in curves]
-    assert len(steps) > sum(offline.metrics["epoch_seconds"]) // 3
-    assert steps == sorted(set(steps))
+    assert len(set(steps)) > sum(offline.metrics["epoch_seconds"]) // 3
+    assert steps == sorted(steps)
     assert steps[-1] == 2 * 938
-    assert len({data for _, data in curves}) == len(curves)
+    assert len({data for _, data in curves}) == len(set(steps))
     assert all(data.startswith(b"\x89PNG") for _, data in curves)
     assert len(images) == len(curves) + 3
 

@@ -181,6 +181,12 @@ def test_in_a_pipe_the_output_is_plain_text(finished):
     assert all(c.isprintable() or c == "\n" for c in finished.stdout)
 
 
+def test_in_a_pipe_an_epochs_line_is_there_when_the_epoch_is_done(spawn):
+    run = spawn("--model", "fc", "--limit", 6000, "--epochs", 1000, "--comet", "off")
+    run.wait_for(lambda: "Epoch 2/1000, Accuracy: " in run.stdout)
+    assert "Epoch 1000/1000" not in run.stdout
+
+
 def test_in_a_pipe_only_the_bars_are_on_standard_error(finished):
     pieces = [piece for piece in re.split("[\r\n]+", finished.stderr) if piece]
     assert pieces
@@ -358,7 +364,11 @@ def test_a_constant_edited_does_what_the_flag_does(environment, tmp_path):
         "MODEL": "fc",
         "EPOCHS": 1,
         "BATCH_SIZE": 100,
+        "LR": 0.002,
+        "OPTIMIZER": "adam",
+        "SEED": 3,
         "LIMIT": 300,
+        "DEVICE": "cpu",
         "DATA_DIR": main.DATA_DIR,
         "OUTPUT_DIR": "elsewhere",
         "COMET": "off",

@@ -206,34 +206,43 @@ def test_no_step_waits_for_the_device(model, digits, monkeypatch):
 def shown(tmp_path_factory):
     """shown(seed): what a run of two epochs of 1,000 images does.
 
-    A list: the batches that the model is trained on, and the names in READINGS.
+    A list: the first weights, the batches that the model is trained on, and between
+    them the names in READINGS. shown(seed, 1) is another such run.
     """
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     known = {}
 
-    def run(seed):
-        events, forward = known.setdefault(seed, []), main.CNN.forward
+    def run(seed, attempt=0):
+        if (seed, attempt) in known:
+            return known[seed, attempt]
+        events, forward = known.setdefault((seed, attempt), []), main.CNN.forward
 
         def record(model, x):
             if model.training and len(x) > 2:  # the summary is made with 2
+                if not events:
+                    events.append(model.fc1.weight.detach().clone())
                 events.append(x.flatten(1).clone())
             return forward(model, x)
+
+        def note(name):
+            if events:
+                events.append(name)
 
         flags = ["--limit=1000", "--epochs=2", "--batch-size=15", "--comet=off"]
         flags += [f"--seed={seed}", f"--output-dir={tmp_path_factory.mktemp('runs')}"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(main.CNN, "forward", record)
-            watch_readings(patch, events.append)
+            watch_readings(patch, note)
             assert main.main(main.read_settings(flags)) == 0
         return events
 
-    yield lambda seed: known.get(seed) or run(seed)
+    yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def get_epochs(events):
-    batches = [event for event in events if torch.is_tensor(event)]
+    _, *batches = [event for event in events if torch.is_tensor(event)]
     return batches[:67], batches[67:]
 
 
@@ -260,16 +269,23 @@ def test_every_epoch_has_its_own_order(shown, mnist):
 
 
 def test_the_seed_decides_the_order(shown):
-    orders = [torch.cat(get_epochs(shown(seed))[0]) for seed in (0, 1)]
-    assert not torch.equal(*orders)
+    runs = shown(0), shown(0, 1), shown(1)
+    one, same, other = (torch.cat(get_epochs(events)[0]) for events in runs)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_the_seed_decides_the_first_weights(shown):
+    one, same, other = (events[0] for events in (shown(0), shown(0, 1), shown(1)))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_the_losses_are_read_now_and_then(shown):
     """A person sees five a second: far fewer than the 67 steps of the first epoch."""
     events = [torch.is_tensor(event) for event in shown(0)]
-    start = events.index(True)
-    end = [i for i, is_batch in enumerate(events) if is_batch][66]
-    assert events[start:end].count(False) < 67 / 2
+    end = [i for i, is_batch in enumerate(events) if is_batch][67]
+    assert events[:end].count(False) < 67 / 2
 
 
 def test_images_and_labels_stay_together(mnist):
