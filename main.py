@@ -4,6 +4,8 @@ python main.py                          train the CNN: 7 epochs of 60,000 digits
 python main.py --model fc               train the fully connected baseline instead
 python main.py --limit 2000 --epochs 1  a quick look
 python main.py --resume runs/NAME       go on with a run that was stopped
+
+@RESULT@
 """
 
 import argparse
@@ -106,8 +108,7 @@ def read_setting(name, text, allowed):
 def read_settings(argv):
     """Return the settings, a dict: the flags in `argv`, else the constants above.
 
-    "resume" in it is a folder or None; a run that is resumed keeps its settings, save the
-    RESUMABLE ones. Raises InputError.
+    "resume" in it is None or a run's folder: it keeps its settings, save RESUMABLE ones.
     """
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -282,10 +283,9 @@ def make_batches(images, labels, batch_size, order):
 def select_device(name="auto"):
     """Return the torch.device of that name; "auto": the best there is. InputError if none."""
     mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
-    there = {"mps": mps, "cuda": cuda}
     if name == "auto":
-        name = next((device for device in there if there[device]), "cpu")
-    if not there.get(name, True):
+        name = "mps" if mps else "cuda" if cuda else "cpu"
+    if (name == "mps" and not mps) or (name == "cuda" and not cuda):
         raise InputError(f"--device {name}: PyTorch finds none here; use auto or cpu")
     return torch.device(name)
 
@@ -520,14 +520,15 @@ def gather_archives(data_dir, scratch):
                 wanted = f"put there the file of {size:,} bytes with MD5 sum {md5}"
                 raise InputError(f"{lost}; {wanted}") from None
         raise UserError(f"cannot unpack MNIST in {scratch}: {error}") from None
-    for name in faulty:
-        note = f"{raw / name} was missing or damaged: "
-        try:
+    note = f"{', '.join(faulty)} in {raw}: missing or damaged"
+    try:
+        for name in faulty:
             raw.mkdir(parents=True, exist_ok=True)
             write_file(raw / name, (unpacked / name).read_bytes())
-            print(note + "put the original there", file=sys.stderr)
-        except (OSError, UserError):
-            print(note + "took the original from elsewhere", file=sys.stderr)
+        if faulty:
+            print(f"{note}; put the original there", file=sys.stderr)
+    except (OSError, UserError):
+        print(f"{note}; took the original from elsewhere", file=sys.stderr)
 
 
 def write_file(path, data):
@@ -709,7 +710,7 @@ class Tracker:
             self.watch()
             experiment = self.start({}, online=True, api_key=api_key)
             if experiment.alive:
-                self.url = experiment.url
+                self.url, self.trouble = experiment.url, None  # 404 was: new here
                 self.started.set()
                 while event := self.outbox.get():
                     self.call(experiment, *event)
@@ -839,7 +840,7 @@ class Run:
             raise InputError(f"{path} is not of this run ({error!r:.200})") from None
 
     def train(self, monitor):
-        """Train the missing epochs: a line and a checkpoint for each; write model.pt."""
+        """Train the epochs that are missing: a line and a checkpoint for each."""
         epochs, batch_size = self.settings["epochs"], self.settings["batch_size"]
         images, labels = self.images, self.labels
         keep_freed_memory()
@@ -859,8 +860,6 @@ class Run:
             self.save_checkpoint()
             print(f"Epoch {epoch}/{epochs}, Accuracy: {accuracy:.4f}")
             self.log_epoch(epoch, numbers, monitor.tracker)
-        weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
-        save_tensors(self.folder / "model.pt", weights)
 
     def log_epoch(self, epoch, numbers, tracker, live=True):
         """Tell Comet the numbers PER_EPOCH of an epoch, counted from 1."""
@@ -892,7 +891,7 @@ class Run:
 
     @torch.no_grad()
     def keep(self, monitor, results):
-        """Write the pictures and metrics.json, with test results if any; tell Comet."""
+        """Write pictures, metrics and, if there are test results, the model; tell Comet."""
         tracker, step = monitor.tracker, len(monitor.losses)
         if monitor.losses:
             curve = monitor.plotter.draw(monitor.smoothed.get())
@@ -909,6 +908,9 @@ class Run:
             picture = save_picture(figure, self.folder / f"{name}.png")
             tracker.log("log_image", picture, name=name, step=step)
         if results:
+            weights = self.model.state_dict().items()
+            weights = {name: tensor.cpu().contiguous() for name, tensor in weights}
+            save_tensors(self.folder / "model.pt", weights)
             tracker.log("log_metrics", results, step=step)
         metrics = json.dumps({**self.progress, **results}, indent=2)
         write_file(self.folder / "metrics.json", metrics.encode())
@@ -944,7 +946,6 @@ def stop(signum, frame):
 
 def main(settings):
     """Train, evaluate, show and track as `settings` say; return the exit status."""
-    # Lines in step with the bars, in a pipe too; paths in letters that the console lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     folder, uploaded, status, begun, kept = None, None, 0, False, False
     try:

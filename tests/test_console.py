@@ -184,7 +184,7 @@ def test_in_a_pipe_the_output_is_plain_text(finished):
 def test_in_a_pipe_an_epochs_line_is_there_when_the_epoch_is_done(spawn):
     run = spawn("--model", "fc", "--limit", 6000, "--epochs", 1000, "--comet", "off")
     run.wait_for(lambda: "Epoch 2/1000, Accuracy: " in run.stdout)
-    assert "Epoch 1000/1000" not in run.stdout
+    assert run.stdout.count("Accuracy: ") < 20  # not all that a buffer holds
 
 
 def test_in_a_pipe_only_the_bars_are_on_standard_error(finished):

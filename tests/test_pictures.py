@@ -63,7 +63,7 @@ def test_a_quick_look_leaves_the_four_pictures_of_what_was_learned(spawn):
     smoothed = main.LossHistory(0.95)
     for loss in run.json("metrics.json")["losses"]:
         smoothed.append(loss)
-    names = "iteration", "training loss (smoothed)"
+    names = "iteration", "smoothed loss"
     curve = main.PeriodicPlotter(2, *names, "semilogy")
     curve.draw(smoothed.get())
     expected = {

@@ -473,32 +473,38 @@ def test_what_was_good_is_kept_when_training_goes_wrong(tmp_path, undisturbed):
 # ------------------------------------------------------------------------- no room left
 
 
-def run_out_of_room(folder, size, flags):
-    """Be main.py, where no file may grow above `size` bytes once the data is loaded."""
+def run_out_of_room(folder, size, after, flags):
+    """Be main.py, where no file may grow above `size` bytes after a call of `after`."""
     os.chdir(folder)
-    for number, name in (1, "out"), (2, "err"):
-        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), number)
-    load = main.load_mnist
+    for number, console in (1, "out"), (2, "err"):
+        os.dup2(os.open(console, os.O_CREAT | os.O_WRONLY), number)
+    owner, name = (main.Run if after == "save_checkpoint" else main), after
+    call = getattr(owner, name)
 
-    def load_then_limit(data_dir):
-        data = load(data_dir)
+    def call_then_limit(*arguments):
+        result = call(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        return data
+        return result
 
-    main.load_mnist = load_then_limit
-    sys.exit(main.main(main.read_settings(flags)))
+    setattr(owner, name, call_then_limit)
+    sys.exit(main.main(main.read_settings(list(map(str, flags)))))
+
+
+def end_of_run_out_of_room(folder, *arguments):
+    """Have a process be run_out_of_room; return its exit status, output and errors."""
+    process = FORKS.Process(target=run_out_of_room, args=(folder, *arguments))
+    process.start()
+    process.join(120)
+    console = ((folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+    return process.exitcode, *console
 
 
 def test_no_room_for_a_checkpoint_shows_before_training(tmp_path):
-    flags = [*map(str, FLAGS), "--comet", "off"]
-    process = FORKS.Process(target=run_out_of_room, args=(tmp_path, 100_000, flags))
-    process.start()
-    process.join(60)
-    errors = (tmp_path / "err").read_text(encoding="utf-8")
-    assert process.exitcode == 1, errors
+    arguments = 100_000, "load_mnist", [*FLAGS, "--comet", "off"]
+    status, out, errors = end_of_run_out_of_room(tmp_path, *arguments)
+    assert status == 1, errors
     assert re.fullmatch(r"main.py: cannot write .*checkpoint.pt: .*\n", errors), errors
-    assert "Epoch" not in (tmp_path / "out").read_text(encoding="utf-8")
-    assert not any(tmp_path.glob("runs/*"))
+    assert "Epoch" not in out and not any(tmp_path.glob("runs/*"))
 
 
 def test_no_room_later_leaves_the_earlier_files_whole(tmp_path, undisturbed):
@@ -515,16 +521,15 @@ def test_no_room_later_leaves_the_earlier_files_whole(tmp_path, undisturbed):
     assert_same(outcome(run.run_dir), outcome(undisturbed["sgd"]))
 
 
-def test_no_room_for_the_model_at_the_very_end(tmp_path, undisturbed):
+def test_no_room_for_the_model_leaves_the_rest_whole(tmp_path, undisturbed):
     folder = shutil.copytree(undisturbed["sgd"], tmp_path / "runs" / "run")
     before = outcome(folder)
     (folder / "model.pt").unlink()
     (folder / "metrics.json").unlink()
-    run = start(tmp_path, "--resume", folder)
-    run.wait_for(lambda: "EVALUATING" in run.stdout)
-    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    assert run.wait() == 1, run.stderr
-    assert re.search(r"main.py: cannot write .*model.pt: File too large", run.stderr)
+    arguments = 100_000, "save_checkpoint", ["--resume", folder]
+    status, _, errors = end_of_run_out_of_room(tmp_path, *arguments)
+    assert status == 1, errors
+    assert re.search(r"main.py: cannot write .*model.pt: File too large", errors)
     assert_whole(folder)
     assert not (folder / "model.pt").exists()
     kept = read(folder, "metrics.json")
