@@ -272,7 +272,7 @@ def test_resume_takes_the_flags_that_may_change_and_those_that_agree(finished):
 def test_resume_keeps_the_settings_of_the_run(finished):
     settings = main.read_settings(["--resume", str(finished)])
     assert (settings["limit"], settings["epochs"]) == (64, 1)
-    assert settings["resume"] == str(finished)
+    assert str(settings["resume"]) == str(finished)
 
 
 # ------------------------------------------------------------------- as a real process

@@ -24,6 +24,20 @@ QUICK = ["--limit", "64", "--epochs", "1", "--comet", "off"]
 MEGABYTE = 1024  # in kB, as the peak of memory is measured
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forty_faults():
+    """tests/fuzz.py, which is at work while the other tests are."""
+    command = [sys.executable, ROOT / "tests" / "fuzz.py", "--count=40", "--seed=2"]
+    process = subprocess.Popen(
+        [*command, "--jobs=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    yield process
+    process.kill()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{(model, optimizer): folder} of small runs that have ended well."""
@@ -237,39 +251,63 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path, sound):
 # --------------------------------------------------------------- as what --resume reads
 
 
+def copy_with(change, run, folder):
+    """Copy a run into the folder, its checkpoint changed; return where it is then.
+
+    `change` takes the path of the checkpoint, and changes it or returns what is to be
+    in it.
+    """
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    path = shutil.copytree(run, folder / "run") / "checkpoint.pt"
+    if (changed := change(path)) is not None:
+        main.save_tensors(path, changed)
+    return path.parent
+
+
 @pytest.fixture
 def resume(tmp_path, runs):
-    """resume(change, ...): main.py --resume of a copy of a run, its checkpoint changed.
+    """resume(change, ...): main.py --resume of a copy of a run, in a process.
 
-    `change` takes the path of the checkpoint, or what is in it, and returns it then.
     Returns (exit status, standard error, peak of memory in kB).
     """
 
     def start(change, key=("cnn", "sgd"), *flags):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        path = shutil.copytree(runs[key], tmp_path / "run") / "checkpoint.pt"
-        if (changed := change(path)) is not None:
-            main.save_tensors(path, changed)
-        before = {p.name: p.read_bytes() for p in path.parent.iterdir() if p.is_file()}
+        folder = copy_with(change, runs[key], tmp_path)
+        before = {p: p.stat() for p in folder.iterdir()}
         arguments = ["--resume", "run", *flags], tmp_path
         process = FORKS.Process(target=fuzz.be_main, args=arguments)
         process.start()
         process.join(120)
-        assert process.exitcode is not None, "still running"
         errors = (tmp_path / "err").read_text(encoding="utf-8")
-        assert "Traceback" not in errors, errors
+        assert process.exitcode is not None and "Traceback" not in errors, errors
         if process.exitcode == 2:
             assert errors.count("\n") == 1 and len(errors) < 500, errors
-            files = {
-                p.name: p.read_bytes() for p in path.parent.iterdir() if p.is_file()
-            }
-            assert before.items() <= files.items()
-        peak = int((tmp_path / "peak").read_text(encoding="ascii"))
-        for name in "err", "peak":
-            (tmp_path / name).unlink()
-        return process.exitcode, errors, peak
+            assert before == {p: p.stat() for p in folder.iterdir()}
+        return process.exitcode, errors, int((tmp_path / "peak").read_text("ascii"))
 
     return start
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return main.load_mnist(main.DATA_DIR)
+
+
+@pytest.fixture
+def refusal(tmp_path, runs, mnist, monkeypatch):
+    """refusal(change, ...): why a copy of a run, its checkpoint changed, is refused."""
+    monkeypatch.setattr(main, "load_mnist", lambda _: mnist)  # it takes its time
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(change, key=("cnn", "sgd")):
+        folder = copy_with(change, runs[key], tmp_path)
+        settings = main.read_settings(["--resume", str(folder), "--epochs", "2"])
+        with pytest.raises(main.InputError, match=r"checkpoint.pt") as caught:
+            main.Run(settings, folder)
+        assert len(str(caught.value)) < 500 and caught.value.status == 2
+        assert not any(tmp_path.rglob("*evil*"))
+
+    return refuse
 
 
 def change(*keys, to):
@@ -407,7 +445,7 @@ def without(*keys):
 
 
 FOREIGN = {
-    "code": lambda path: forge(path, Call(os.mkdir, "evil")),
+    "code": lambda path: forge(path, Call(os.mkdir, "evil")) and None,
     "text": lambda path: path.write_text("text", encoding="ascii") and None,
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "a list": lambda path: [1, 2],
@@ -438,29 +476,35 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_checkpoint_that_is_not_of_the_run_is_refused(resume, tmp_path, name):
-    status, errors, _ = resume(FOREIGN[name])
-    assert status == 2 and "checkpoint.pt" in errors, errors
-    assert not any(tmp_path.rglob("*evil*"))
+def test_a_checkpoint_that_is_not_of_the_run_is_refused(refusal, name):
+    refusal(FOREIGN[name])
 
 
 @pytest.mark.parametrize("key", [("cnn", "sgd"), ("fc", "adam")])
-def test_a_checkpoint_of_another_model_is_refused(resume, runs, key):
+def test_a_checkpoint_of_another_model_is_refused(refusal, runs, key):
     (other,) = set(runs) - {key}
-    status, errors, _ = resume(
-        lambda path: shutil.copy(runs[other] / path.name, path) and None, key
-    )
-    assert status == 2 and "checkpoint.pt" in errors, errors
+    refusal(lambda path: shutil.copy(runs[other] / path.name, path) and None, key)
 
 
-def test_an_adam_that_lacks_its_state_is_refused(resume):
-    for broken in (
+@pytest.mark.parametrize(
+    "broken",
+    [
         change("optimizer", to={0: {"step": torch.tensor(1.0)}}),
+        change("optimizer", 0, "exp_avg", to=torch.zeros(1)),
         without("optimizer", 3),
         without("optimizer", 0, "exp_avg"),
-    ):
-        status, errors, _ = resume(broken, ("fc", "adam"), "--epochs", "2")
-        assert status == 2, errors
+    ],
+    ids=["only steps", "other sizes", "a parameter less", "an average less"],
+)
+def test_an_adam_that_lacks_its_state_is_refused(refusal, broken):
+    refusal(broken, ("fc", "adam"))
+
+
+def test_a_foreign_checkpoint_ends_the_process_with_one_line(resume):
+    status, errors, _ = resume(FOREIGN["other weight"])
+    assert status == 2 and errors.startswith("main.py: run/checkpoint.pt is not"), (
+        errors
+    )
 
 
 def test_weights_that_are_no_numbers_end_in_an_error(resume):
@@ -489,13 +533,7 @@ def test_a_huge_config_is_refused_in_little_memory(resume, usual_peak):
 # --------------------------------------------------------------------------- at random
 
 
-def test_forty_random_faults_end_as_documented():
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "fuzz.py", "--count=40", "--seed=2"],
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "40 cases, 0 gone wrong" in done.stdout
+def test_forty_random_faults_end_as_documented(forty_faults):
+    out, errors = forty_faults.communicate(timeout=300)
+    assert forty_faults.returncode == 0, out + errors
+    assert "40 cases, 0 gone wrong" in out
