@@ -28,9 +28,14 @@ def clean_environment(home):
     return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home), "no_proxy": "*"}
 
 
-def start(folder, *arguments, **more):
-    """Start main.py in a folder of its own; see Run."""
-    return Run(list(map(str, arguments)), folder, clean_environment(folder) | more)
+def complete(folder, *arguments, **more):
+    """Run main.py in a folder of its own, to its good end; see conftest.Run."""
+    run = Run(list(map(str, arguments)), folder, clean_environment(folder) | more)
+    try:
+        assert run.wait() == 0, run.stderr
+    finally:
+        run.process.kill()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,7 @@ def offline(tmp_path_factory):
     """A run of 2 x 938 steps, with several loss curves, and its archive."""
     folder = tmp_path_factory.mktemp("offline")
     flags = "--limit", 30_000, "--batch-size", 32, "--epochs", 2
-    run = start(folder, *flags, "--comet", "offline")
-    assert run.wait() == 0, run.stderr
+    run = complete(folder, *flags, "--comet", "offline")
     (path,) = run.run_dir.glob("*.zip")
     metrics = run.json("metrics.json")
     return SimpleNamespace(run=run, path=path, archive=Archive(path), metrics=metrics)
@@ -52,8 +56,7 @@ def online(tmp_path_factory):
     with FakeComet() as server:
         flags = "--model", "fc", "--epochs", 3
         of_comet = {"COMET_API_KEY": KEY, "COMET_URL_OVERRIDE": server.url}
-        run = start(folder, *flags, **of_comet)
-        assert run.wait() == 0, run.stderr
+        run = complete(folder, *flags, **of_comet)
     metrics = run.json("metrics.json")
     return SimpleNamespace(run=run, server=server, metrics=metrics)
 
@@ -301,9 +304,13 @@ def processes(tmp_path_factory):
             )
             for name, command in commands.items()
         }
-        for name, process in running.items():
-            output, _ = process.communicate(timeout=120)
-            results[name] = process.returncode, output, folders[name]
+        try:
+            for name, process in running.items():
+                output, _ = process.communicate(timeout=120)
+                results[name] = process.returncode, output, folders[name]
+        finally:
+            for process in running.values():
+                process.kill()
     results["keys"] = {
         body["apiKey"]
         for _, path, _, body in server.requests

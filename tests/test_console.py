@@ -1,5 +1,6 @@
 """What a run prints and what it leaves, with which flags and constants."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -59,12 +60,14 @@ def finished(tmp_path_factory):
     os.close(slave)
     shown = b""
     try:
-        while chunk := os.read(master, 4096):
-            shown += chunk
-    except OSError:  # Linux says so, when the other end is closed
-        pass
-    os.close(master)
-    assert in_pipe.wait(120) == in_terminal.wait(120) == 0, shown
+        with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+            while chunk := os.read(master, 4096):
+                shown += chunk
+        assert in_pipe.wait(120) == in_terminal.wait(120) == 0, shown
+    finally:
+        os.close(master)
+        in_pipe.kill()
+        in_terminal.kill()
     (run_dir,) = (pipe / "runs").iterdir()
     return SimpleNamespace(
         stdout=(pipe / "out").read_bytes().decode(),

@@ -273,7 +273,7 @@ def resume(tmp_path, runs):
 
     def start(change, key=("cnn", "sgd"), *flags):
         folder = copy_with(change, runs[key], tmp_path)
-        before = {p: p.stat() for p in folder.iterdir()}
+        before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
         arguments = ["--resume", "run", *flags], tmp_path
         process = FORKS.Process(target=fuzz.be_main, args=arguments)
         process.start()
@@ -282,7 +282,8 @@ def resume(tmp_path, runs):
         assert process.exitcode is not None and "Traceback" not in errors, errors
         if process.exitcode == 2:
             assert errors.count("\n") == 1 and len(errors) < 500, errors
-            assert before == {p: p.stat() for p in folder.iterdir()}
+            after = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+            assert before == after
         return process.exitcode, errors, int((tmp_path / "peak").read_text("ascii"))
 
     return start

@@ -1,6 +1,8 @@
 """Stopped, killed, out of room, gone wrong: what is kept, and how a run goes on."""
 
+import contextlib
 import copy
+import itertools
 import json
 import os
 import random
@@ -25,6 +27,8 @@ import main
 
 # Three epochs of 200 steps: each lasts long enough to be stopped within.
 FLAGS = ["--limit", 1000, "--batch-size", 5, "--epochs", 3]
+# The same of the smaller model, for runs that are stopped again and again.
+SMALL = ["--model", "fc", "--limit", 1000, "--batch-size", 2, "--epochs", 3]
 PICTURES = {"sample_prediction", "single_prediction", "predictions_grid", "loss_curve"}
 
 
@@ -106,12 +110,12 @@ def at_once(*tasks):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """{optimizer: folder} of runs that nothing has stopped."""
+    """{name: folder} of runs that nothing has stopped: FLAGS with sgd and adam, SMALL."""
+    flags = {"small": SMALL}
+    flags |= {name: [*FLAGS, "--optimizer", name] for name in ("sgd", "adam")}
     runs = {
-        name: start(
-            tmp_path_factory.mktemp(name), *FLAGS, "--optimizer", name, "--comet=off"
-        )
-        for name in ("sgd", "adam")
+        name: start(tmp_path_factory.mktemp(name), *flags[name], "--comet", "off")
+        for name in flags
     }
     for run in runs.values():
         assert run.wait() == 0, run.stderr
@@ -303,7 +307,7 @@ def resume_or_start(folder):
     """Go on with the run in the folder; if there is nothing to resume, start a new one."""
     runs = list(folder.glob("runs/*"))
     if not runs:
-        return start(folder, *FLAGS, "--comet", "off")
+        return start(folder, *SMALL, "--comet", "off")
     (run_dir,) = runs
     if not (run_dir / "checkpoint.pt").exists():
         refused = start(folder, "--resume", run_dir)
@@ -311,59 +315,61 @@ def resume_or_start(folder):
         assert refused.stdout == "" and refused.stderr.count("\n") == 1
         assert re.search(r"config.json|start a new run", refused.stderr), refused.stderr
         shutil.rmtree(run_dir)
-        return start(folder, *FLAGS, "--comet", "off")
+        return start(folder, *SMALL, "--comet", "off")
     return start(folder, "--resume", run_dir)
 
 
-def stop_again_and_again(folder, delays, strike):
-    """Have a run stopped after each of the delays and resumed; return the last Run."""
-    for delay in delays:
+def stop_again_and_again(folder, moments, strike):
+    """Have a run stopped four times, and resumed each time; return its folder."""
+    stopped = 0
+    while stopped < 4:
         run = resume_or_start(folder)
-        time.sleep(delay)
-        strike(run)
-        run.wait()
+        time.sleep(moments.uniform(0, 1.2))
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+            strike(run)
+        status = run.wait()
+        stopped += status != 0
         assert "Traceback" not in run.stderr, run.stderr
-        assert run.process.exitcode in (0, 130, 143, -signal.SIGKILL), run.stderr
-    return resume_or_start(folder)
+        assert status in (0, 130, 143, -signal.SIGKILL), run.stderr
+    run = resume_or_start(folder)
+    assert run.wait() == 0, run.stderr
+    return run.run_dir
+
+
+def stop_many(folder, count, strike):
+    """Stop so many runs again and again, two at a time; return their folders."""
+    run_dirs = []
+
+    def stop_one(number):
+        moments = random.Random(number)
+        run_dirs.append(stop_again_and_again(folder / str(number), moments, strike))
+
+    for number in range(0, count, 2):
+        at_once(lambda n=number: stop_one(n), lambda n=number: stop_one(n + 1))
+    return run_dirs
 
 
 def test_sigkill_at_any_moment_loses_nothing(tmp_path, undisturbed):
-    expected = outcome(undisturbed["sgd"])
-    moments = random.Random(4)
-
-    def chain(folder, delays):
-        run = stop_again_and_again(folder, delays, Run.kill)
-        assert run.wait() == 0, run.stderr
-        assert_same(outcome(run.run_dir), expected)
-        assert_whole(run.run_dir)
-
-    # In each of six folders a run is killed and resumed four times.
-    folders = [tmp_path / str(number) for number in range(6)]
-    delays = {f: [moments.uniform(0, 1.8) for _ in range(4)] for f in folders}
-    for pair in zip(folders[::2], folders[1::2]):
-        at_once(*(lambda f=folder: chain(f, delays[f]) for folder in pair))
+    run_dirs = stop_many(tmp_path, 6, Run.kill)  # 24 times in all
+    assert len(run_dirs) == 6
+    for run_dir in run_dirs:
+        assert_same(outcome(run_dir), outcome(undisturbed["small"]))
+        assert_whole(run_dir)
 
 
 def test_ctrl_c_and_sigterm_at_any_moment_lose_nothing(tmp_path, undisturbed):
-    expected = outcome(undisturbed["sgd"])
-    moments = random.Random(5)
+    numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGINT])
 
     def strike(run):
-        mask = Path(f"/proc/{run.process.pid}/status")  # until it handles SIGTERM
-        while run.process.is_alive():
-            caught = int(re.search(r"SigCgt:\s*(\w+)", mask.read_text())[1], 16)
-            if caught >> (signal.SIGTERM - 1) & 1:
-                break
-        run.kill(moments.choice([signal.SIGINT, signal.SIGTERM]))
+        about = Path(f"/proc/{run.process.pid}/status")  # until it handles SIGTERM:
+        while not int(re.search(r"SigCgt:\s*(\w+)", about.read_text())[1], 16) & 0x4000:
+            time.sleep(0.001)
+        run.kill(next(numbers))
 
-    def chain(folder, delays):
-        run = stop_again_and_again(folder, delays, strike)
-        assert run.wait() == 0, run.stderr
-        assert_same(outcome(run.run_dir), expected)
-
-    folders = [tmp_path / str(number) for number in range(2)]
-    delays = {f: [moments.uniform(0, 1.5) for _ in range(4)] for f in folders}
-    at_once(*(lambda f=folder: chain(f, delays[f]) for folder in folders))
+    run_dirs = stop_many(tmp_path, 2, strike)
+    assert len(run_dirs) == 2
+    for run_dir in run_dirs:
+        assert_same(outcome(run_dir), outcome(undisturbed["small"]))
 
 
 def test_sigkill_while_a_checkpoint_is_written_loses_nothing(tmp_path, undisturbed):
@@ -373,7 +379,8 @@ def test_sigkill_while_a_checkpoint_is_written_loses_nothing(tmp_path, undisturb
         half = None
         while half is None and run.process.is_alive():
             half = next(tmp_path.glob("runs/*/checkpoint.pt.part"), None)
-        run.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            run.kill()
         run.wait()
         torn += any(tmp_path.glob("runs/*/checkpoint.pt.part"))
         if torn == 3:
@@ -381,7 +388,7 @@ def test_sigkill_while_a_checkpoint_is_written_loses_nothing(tmp_path, undisturb
     assert torn, f"none of {attempt} kills met a checkpoint half written"
     run = resume_or_start(tmp_path)
     assert run.wait() == 0, run.stderr
-    assert_same(outcome(run.run_dir), outcome(undisturbed["sgd"]))
+    assert_same(outcome(run.run_dir), outcome(undisturbed["small"]))
     assert_whole(run.run_dir)
 
 
