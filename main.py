@@ -956,8 +956,7 @@ def main(settings):
         monitor = Monitor(run.progress["losses"], folder / "loss_curve.png", tracker)
         run.comet_key = tracker.key
         run.save_checkpoint()  # a full disk shows now, not after the first epoch
-        begun = True
-        title = settings["model"].upper()
+        begun, title = True, settings["model"].upper()
         print("Settings:", ", ".join(f"{k} {v}" for k, v in run.settings.items()))
         print(f"Device: {run.device}\nFolder: {folder}\nComet: {tracker.state}")
         print(RULE, f"TRAINING {title} MODEL", RULE, sep="\n")
@@ -968,8 +967,9 @@ def main(settings):
         print(RULE, f"EVALUATING {title} MODEL", RULE, sep="\n")
         run.keep(monitor, run.test())
         kept = True
+        # All is safe. Let a Ctrl-C wait for the last second, but not a second one.
+        handle_signals(lambda number, frame: handle_signals(signal.SIG_DFL))
         uploaded = tracker.finish()
-        handle_signals(signal.SIG_IGN)
         place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
         print(RULE, f"TRAINING COMPLETE - {place}", RULE, sep="\n")
     except (KeyboardInterrupt, UserError, OSError, FloatingPointError) as error:

@@ -59,13 +59,13 @@ class Run:
         )
         self.process.start()
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=300):
         """Wait for the end; return the exit status (negative: the signal)."""
         self.process.join(seconds)
         assert not self.process.is_alive(), f"still running\n{self.stdout}{self.stderr}"
         return self.process.exitcode
 
-    def wait_for(self, condition, seconds=60):
+    def wait_for(self, condition, seconds=180):
         """Wait until condition() is true."""
         end = time.monotonic() + seconds
         while not condition():
@@ -133,7 +133,7 @@ def run_script(tmp_path, environment):
             env=environment | more,
             capture_output=True,
             encoding="utf-8",
-            timeout=120,
+            timeout=300,
         )
 
     return run
