@@ -156,7 +156,7 @@ def test_test_results_and_prediction_are_those_of_model_pt(finished, mnist):
     model.load_state_dict(torch.load(finished.run_dir / "model.pt"))
     images, labels = mnist[2:]
     with torch.no_grad():
-        logits = model(main.prepare(images, model, "cpu"))
+        logits = model(main.prepare(images, model))
     metrics = finished.metrics
     accuracy = float((logits.argmax(dim=1) == labels).double().mean())
     assert metrics["test_accuracy"] == pytest.approx(accuracy, abs=2e-4)

@@ -91,7 +91,7 @@ def test_cnn_loses_nothing_by_what_it_is_not_shown(digits, layout):
     images = main.load_mnist(main.DATA_DIR)[0][:300]
     expected = compute(model, lambda x: plain(model, x), whole, labels)
     model.to(memory_format=layout)
-    view = main.prepare(images, model, "cpu")
+    view = main.prepare(images, model)
     assert view.shape[-1] < 28
     assert_same(compute(model, model, view, labels), expected)
 
@@ -121,5 +121,5 @@ def test_fully_connected_model_is_the_documented_computation(digits):
 
 def test_fully_connected_model_is_shown_every_pixel():
     images = torch.arange(784, dtype=torch.uint8).reshape(1, 28, 28)
-    shown = main.prepare(images, main.FullyConnectedModel(), "cpu")
+    shown = main.prepare(images, main.FullyConnectedModel())
     assert shown.shape == (1, 1, 28, 28)

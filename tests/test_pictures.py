@@ -58,7 +58,7 @@ def test_a_quick_look_leaves_the_four_pictures_of_what_was_learned(spawn):
     model.load_state_dict(torch.load(run.run_dir / "model.pt"))
     images, labels = (part[:20] for part in main.load_mnist(main.DATA_DIR)[2:])
     with torch.no_grad():
-        logits = model(main.prepare(images, model, "cpu"))
+        logits = model(main.prepare(images, model))
     table, labels = logits.softmax(dim=1).numpy(), labels.tolist()
     smoothed = main.LossHistory(0.95)
     for loss in run.json("metrics.json")["losses"]:

@@ -21,7 +21,7 @@ def mnist():
 def digits(mnist):
     """301 test images as the CNN takes them, and their labels."""
     images, labels = mnist[2][:301], mnist[3][:301]
-    return main.prepare(images, main.CNN(), "cpu"), labels
+    return main.prepare(images, main.CNN()), labels
 
 
 def split(images, labels, size):
@@ -256,13 +256,13 @@ def test_an_epoch_has_67_batches_the_last_one_uneven(shown):
 
 
 def test_an_epoch_shows_each_image_once(shown, mnist):
-    expected = main.prepare(mnist[0][:1000], main.CNN(), "cpu").flatten(1)
+    expected = main.prepare(mnist[0][:1000], main.CNN()).flatten(1)
     for epoch in get_epochs(shown(0)):
         assert Counter(as_bytes(torch.cat(epoch))) == Counter(as_bytes(expected))
 
 
 def test_every_epoch_has_its_own_order(shown, mnist):
-    unshuffled = main.prepare(mnist[0][:15], main.CNN(), "cpu").flatten(1)
+    unshuffled = main.prepare(mnist[0][:15], main.CNN()).flatten(1)
     first, second = (epoch[0] for epoch in get_epochs(shown(0)))
     assert not torch.equal(first, second)
     assert not torch.equal(first, unshuffled)
@@ -291,9 +291,11 @@ def test_the_losses_are_read_now_and_then(shown):
 def test_images_and_labels_stay_together(mnist):
     images, labels = mnist[0][:200], mnist[1][:200]
     order = torch.randperm(200)
-    batches = list(main.make_batches(images, labels, 64, order))
+    model = main.CNN()
+    batches = list(main.make_batches(images, labels, 64, order, model))
     assert [len(y) for _, y in batches] == [64, 64, 64, 8]
-    assert torch.equal(torch.cat([x for x, _ in batches]), images[order])
+    prepared = main.prepare(images[order], model)
+    assert torch.equal(torch.cat([x for x, _ in batches]), prepared)
     assert torch.equal(torch.cat([y for _, y in batches]), labels[order])
 
 
@@ -301,7 +303,7 @@ def test_images_and_labels_stay_together(mnist):
 
 
 def test_prepared_training_images_have_mean_0_and_deviation_1(mnist):
-    x = main.prepare(mnist[0], main.FullyConnectedModel(), "cpu")
+    x = main.prepare(mnist[0], main.FullyConnectedModel())
     assert (x.shape, x.dtype) == ((60_000, 1, 28, 28), torch.float32)
     assert abs(float(x.mean())) < 0.001
     assert abs(float(x.std()) - 1) < 0.001
@@ -309,14 +311,14 @@ def test_prepared_training_images_have_mean_0_and_deviation_1(mnist):
 
 def test_the_cnn_gets_the_upper_left_part(mnist):
     images = mnist[0][:100]
-    whole = main.prepare(images, main.FullyConnectedModel(), "cpu")
-    assert torch.equal(main.prepare(images, main.CNN(), "cpu"), whole[:, :, :26, :26])
+    whole = main.prepare(images, main.FullyConnectedModel())
+    assert torch.equal(main.prepare(images, main.CNN()), whole[:, :, :26, :26])
 
 
 def test_prepare_leaves_the_images_as_they_are(mnist):
     images = mnist[0][:100]
     before = images.clone()
-    main.prepare(images, main.FullyConnectedModel(), "cpu")
+    main.prepare(images, main.FullyConnectedModel())
     assert torch.equal(images, before)
 
 
