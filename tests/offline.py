@@ -5,16 +5,18 @@ import zipfile
 
 
 class Archive:
-    """What is in it: name, key, project, graph, params, metrics and images."""
+    """What is in it: name, key, project, graph, tags, params, metrics, images, matrices."""
 
     def __init__(self, path):
         self.metrics = {}  # name: [(step, epoch, value), ...] as logged
         self.params = {}
         self.images = []  # (name, step, data), ... as logged
+        self.matrices = []  # confusion matrices, as Comet stores them
         self.name = self.graph = None
         with zipfile.ZipFile(path) as archive:
             about = json.loads(archive.read("experiment.json"))
             self.key, self.project = about["offline_id"], about["project_name"]
+            self.tags = about["tags"]
             for line in archive.read("messages.json").decode().splitlines():
                 message = json.loads(line)
                 self.take(archive, message["type"], message["payload"])
@@ -35,3 +37,5 @@ class Archive:
             about = content["additional_params"]
             data = archive.read(content["file_path"])
             self.images.append((about["figName"], about["step"], data))
+        elif kind == "file_upload" and content["upload_type"] == "confusion-matrix":
+            self.matrices.append(json.loads(archive.read(content["file_path"])))

@@ -17,7 +17,10 @@ import main
 
 SCRIPT = Path(main.__file__)
 SMALL = "--model", "fc", "--limit", 200, "--epochs", 1
-PICTURES = "loss_curve", "sample_prediction", "single_prediction", "predictions_grid"
+PICTURES = (
+    *("loss_curve", "sample_prediction", "single_prediction", "predictions_grid"),
+    *("worst_mistakes", "confusion_matrix"),
+)
 KEY = "k3y" * 9
 
 
@@ -111,7 +114,7 @@ def test_offline_the_loss_curve_grows_under_one_name(offline):
     assert steps[-1] == 2 * 938
     assert len({data for _, data in curves}) == len(set(steps))
     assert all(data.startswith(b"\x89PNG") for _, data in curves)
-    assert len(images) == len(curves) + 3
+    assert len(images) == len(curves) + 5
 
 
 def test_offline_the_model_is_the_graph(offline):

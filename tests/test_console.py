@@ -28,7 +28,8 @@ RULE = "=" * 70
 BAR = re.compile(r" *\d+%\|.*\| \d+/32 \[.*(it/s|s/it).*\] *")
 FILES = {
     *("loss_curve.png", "sample_prediction.png", "single_prediction.png"),
-    *("predictions_grid.png", "config.json", "metrics.json"),
+    *("predictions_grid.png", "worst_mistakes.png", "confusion_matrix.png"),
+    *("config.json", "metrics.json"),
     *("model.pt", "checkpoint.pt"),
 }
 
@@ -257,12 +258,14 @@ def test_model_pt_is_a_state_dict_of_tensors(finished):
 
 def test_config_has_every_setting(finished):
     assert finished.config["settings"] == {
+        "recipe": "classic",
         "model": "cnn",
         "epochs": 2,
         "batch_size": 64,
         "lr": 0.01,
         "optimizer": "sgd",
         "seed": 0,
+        "seeds": 1,
         "limit": 2000,
         "device": "auto",
         "data_dir": main.DATA_DIR,

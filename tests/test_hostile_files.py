@@ -390,7 +390,7 @@ def endless_progress(path):
         change("progress", "train_loss", to=endless()),
         change("progress", "losses", to=nested(8)),
         change("progress", "losses", to=[0.0] * 500_000),
-        change("shuffle", to=endless(torch.uint8, 1_500_000_000)),
+        change("generator", to=endless(torch.uint8, 1_500_000_000)),
         change("comet_key", to=nested(8)),
         change("comet_key", to="0" * 50_000_000),
         change("settings", to=nested(8)),
@@ -407,7 +407,7 @@ def endless_progress(path):
         "endless train_loss",
         "nested losses",
         "too many losses",
-        "endless shuffle",
+        "endless generator",
         "nested key",
         "long key",
         "nested settings",
@@ -452,7 +452,7 @@ FOREIGN = {
     "a list": lambda path: [1, 2],
     "no model": without("model"),
     "no optimizer": without("optimizer"),
-    "no shuffle": without("shuffle"),
+    "no generator": without("generator"),
     "no progress": without("progress"),
     "no losses": without("progress", "losses"),
     "no key": without("comet_key"),
@@ -469,9 +469,11 @@ FOREIGN = {
     "a key that is a path": change("comet_key", to="../../evil"),
     "a key that is absolute": change("comet_key", to="/tmp/evil"),
     "a key that is none": change("comet_key", to=None),
-    "a short shuffle": change("shuffle", to=torch.zeros(7, dtype=torch.uint8)),
-    "an odd shuffle": change("shuffle", to=torch.full((5056,), 255, dtype=torch.uint8)),
-    "a shuffle of floats": change("shuffle", to=torch.zeros(5056)),
+    "a short generator": change("generator", to=torch.zeros(7, dtype=torch.uint8)),
+    "an odd generator": change(
+        "generator", to=torch.full((5056,), 255, dtype=torch.uint8)
+    ),
+    "a generator of floats": change("generator", to=torch.zeros(5056)),
     "an optimizer for SGD": change("optimizer", to={0: {"exp_avg": torch.zeros(1)}}),
 }
 

@@ -13,6 +13,7 @@ from PIL import Image
 import main
 
 NAMES = "loss_curve", "sample_prediction", "single_prediction", "predictions_grid"
+MISTAKES = "worst_mistakes", "confusion_matrix"  # only of a run that has ended
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_quick_look_leaves_the_four_pictures_of_what_was_learned(spawn):
     run = spawn("--limit", 2000, "--epochs", 1, "--comet", "off")
     assert run.wait() == 0, run.stderr
     found = {p.stem: get_pixels(p.read_bytes()) for p in run.run_dir.glob("*.png")}
-    assert set(found) == set(NAMES)
+    assert set(found) == {*NAMES, *MISTAKES}
     for pixels in found.values():
         assert all(200 <= side <= 1400 for side in pixels.shape[:2])
 

@@ -55,7 +55,7 @@ def outcome(folder):
         "weights": main.load_tensors(folder / "model.pt"),
         "metrics": metrics,
         "state": [
-            saved[name] for name in ("model", "optimizer", "shuffle", "progress")
+            saved[name] for name in ("model", "optimizer", "generator", "progress")
         ],
     }
 
@@ -533,7 +533,7 @@ def test_no_room_for_the_model_leaves_the_rest_whole(tmp_path, undisturbed):
     before = outcome(folder)
     (folder / "model.pt").unlink()
     (folder / "metrics.json").unlink()
-    arguments = 100_000, "save_checkpoint", ["--resume", folder]
+    arguments = 200_000, "save_checkpoint", ["--resume", folder]
     status, _, errors = end_of_run_out_of_room(tmp_path, *arguments)
     assert status == 1, errors
     assert re.search(r"main.py: cannot write .*model.pt: File too large", errors)
