@@ -1181,7 +1181,7 @@ def draw_contrast(wrong, right):
     figure = draw_digits(images, probabilities, labels, 5, 4)
     figure.subplots_adjust(top=0.94)
     names = (MODELS[row["model"]].__name__ for row in (right, wrong))
-    figure.suptitle("{} reads them right, {} as it says here".format(*names))
+    figure.suptitle("{} reads them right, {} as it says here".format(*names), y=0.995)
     return figure
 
 
