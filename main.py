@@ -347,8 +347,8 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
 
 # ===== The accurate recipe ============================================================
 # What it adds to the loop above: a learning rate that rises and falls, digits that are
-# never twice the same, and a test that looks at each digit from nine places. Every number
-# was chosen on 5,000 training images that were held out: see tests/README.md.
+# never twice the same, and a test that looks at each digit from nine places. What was
+# chosen, and how, on 5,000 training images that were held out, is in tests/README.md.
 
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}  # Adam has none of it
 LABEL_SMOOTHING = 0.05  # Szegedy et al. 2016, arXiv:1512.00567
