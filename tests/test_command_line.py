@@ -294,7 +294,9 @@ def test_the_script_refuses_a_wrong_flag(run_script, tmp_path, arguments, flag):
     assert flag in assert_refused(done, tmp_path)
 
 
-@pytest.mark.parametrize("arguments", ["--epochs 0", "--resume nowhere", "--help"])
+@pytest.mark.parametrize(
+    "arguments", ["--epochs 0", "--resume nowhere", "--device mps", "--help"]
+)
 def test_no_slow_import_comes_before_the_flags_are_read(environment, arguments):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "main.py", *arguments.split()],
