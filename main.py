@@ -5,11 +5,13 @@ python main.py --recipe accurate        the best that this network can do
 python main.py --compare                train the fully connected baseline beside it
 python main.py --limit 2000 --epochs 1  a quick look
 python main.py --resume runs/NAME       go on with a run that was stopped
+python main.py --predict photo.jpg      read your own handwriting
 
 Test accuracy 98.30 ± 0.22 %, accurate 99.61 ± 0.03 % (10 seeds, PyTorch 2.14.1, EPYC).
 """
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import io
@@ -27,9 +29,11 @@ import socket
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 from http.client import HTTPException
 from importlib.metadata import version
@@ -117,6 +121,7 @@ def read_settings(argv):
     """Return the settings, a dict: the flags in `argv`, else the constants above.
 
     "resume" in it is None or a run's folder: it keeps its settings, save RESUMABLE ones.
+    "predict" is None or a list of image files; "checkpoint": what reads them, or None.
     """
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -131,12 +136,27 @@ def read_settings(argv):
         parser.add_argument(flag_of(name), metavar=choices, help=text)
     parser.add_argument("--compare", action="store_true", help="both models, compared")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="a run to go on")
+    text = "read your own digits, from image files, with the newest finished run"
+    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help=text)
+    text = "model.pt or checkpoint.pt that --predict shall take"
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=text)
     given = vars(parser.parse_args(argv))
-    run = given.pop("resume", None)
+    run, photos = given.pop("resume", None), given.pop("predict", None)
+    trained = given.pop("checkpoint", None)
+    if trained and not photos:
+        raise InputError("--checkpoint goes with --predict IMAGE")
+    if photos and (given.keys() - {"output_dir"} or (run and trained)):
+        message = (
+            "--predict goes with --checkpoint or --resume, and --output-dir, alone"
+        )
+        raise InputError(message)
+    if photos:
+        run, trained = None, run or trained
 
     origin, kept = "the constant", {name: flag[0] for name, flag in FLAGS.items()}
     kept |= RECIPES.get(str(given.get("recipe", RECIPE)), {})
     settings = {"resume": run, "compare": given.pop("compare", False)}
+    settings |= {"predict": photos, "checkpoint": trained}
     if run is not None:
         origin = config = Path(run, "config.json")
         try:
@@ -196,9 +216,11 @@ if __name__ == "__main__":
     except InputError as error:
         sys.exit(report(error))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 from torch import nn
 from torchsummary import summary
 from torchvision.datasets import MNIST
@@ -542,16 +564,21 @@ def draw_digits(images, probabilities, labels, rows, columns):
     return figure
 
 
+def draw_bars(axes, probabilities, colour):
+    """Draw ten probabilities as a bar chart, the largest in the colour."""
+    percent = [100 * float(p) for p in probabilities]
+    bars = axes.bar(range(10), percent, color=GREY)
+    bars[probabilities.argmax()].set(color=colour)
+    axes.bar_label(bars, [f"{p:.1f}" for p in percent], fontsize=8)
+    axes.set(xlabel="digit", ylabel="probability (%)", xticks=range(10), ylim=(0, 112))
+
+
 def draw_detail(image, probabilities, label):
     """Return a Figure: a digit (28, 28) beside a bar chart of its ten probabilities."""
     figure = Figure(figsize=(8, 3.6), layout="compressed")
     left, chart = figure.subplots(1, 2, width_ratios=(1, 1.6))
     show_digit(left, image, probabilities, label)
-    percent = [100 * float(p) for p in probabilities]
-    bars = chart.bar(range(10), percent, color=GREY)
-    bars[probabilities.argmax()].set(color=left.title.get_color())
-    chart.bar_label(bars, [f"{p:.1f}" for p in percent], fontsize=8)
-    chart.set(xlabel="digit", ylabel="probability (%)", xticks=range(10), ylim=(0, 110))
+    draw_bars(chart, probabilities, left.title.get_color())
     return figure
 
 
@@ -898,7 +925,7 @@ class Run:
             self.load_checkpoint()
         packages = "torch", "torchvision", "numpy", "matplotlib", "comet-ml"
         flags = [f"{flag_of(name)}={value}" for name, value in self.settings.items()]
-        config = {  # all that it takes to repeat the run
+        self.config = {  # all that it takes to repeat the run
             "settings": self.settings,
             "command": shlex.join(["python", "main.py", *flags]),
             "device": str(self.device),
@@ -907,7 +934,8 @@ class Run:
             "versions": {name: version(name) for name in packages},
             "data_md5": dict(MNIST.resources),
         }
-        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+        config = json.dumps(self.config, indent=2)
+        write_file(folder / "config.json", config.encode())
 
     def save_checkpoint(self):
         """Write checkpoint.pt, from which load_checkpoint goes on."""
@@ -1035,6 +1063,7 @@ class Run:
         labels = self.test_labels.cpu().numpy()
         probabilities = logits.softmax(dim=1).cpu().numpy()  # (N, 10)
         first = images[:20], probabilities[:20], labels[:20]
+        mistakes = tuple(values[:0] for values in first)
         figures = {
             "sample_prediction": draw_digits(*first, 1, 1),
             "single_prediction": draw_detail(*(values[0] for values in first)),
@@ -1042,9 +1071,9 @@ class Run:
         }
         if results:
             wrong = (probabilities.argmax(axis=1) != labels).nonzero()[0]
-            worst = wrong[probabilities[wrong].max(axis=1).argsort()[::-1][:20]]
+            worst = wrong[probabilities[wrong].max(axis=1).argsort()[::-1][:200]]
             mistakes = images[worst], probabilities[worst], labels[worst]
-            figures["worst_mistakes"] = draw_digits(*mistakes, 5, 4)
+            figures["worst_mistakes"] = draw_digits(*(x[:20] for x in mistakes), 5, 4)
             figures["confusion_matrix"] = draw_confusion(results["confusion_matrix"])
             weights = self.model.state_dict().items()
             weights = {name: tensor.cpu().contiguous() for name, tensor in weights}
@@ -1061,11 +1090,52 @@ class Run:
             tracker.log("log_image", picture, name=name, step=step)
         metrics = json.dumps({**self.progress, **results}, indent=2)
         write_file(self.folder / "metrics.json", metrics.encode())
+        if page := self.make_report(monitor.smoothed.get(), first, mistakes, results):
+            path = self.folder / "report.html"
+            write_file(path, page.encode())
+            tracker.log("log_asset", str(path), file_name=path.name)
+
+    def make_report(self, curve, first, mistakes, results):
+        """Return the page report.html, its template filled in; None if that is missing.
+
+        `curve`: the smoothed losses; `first`, `mistakes`: images, probabilities, labels.
+        """
+        template = Path(__file__).resolve().with_name("report.html")
+        if not template.exists():
+            print(f"{template} is missing: this run gets no report", file=sys.stderr)
+            return None
+        start, thin = (26 - self.model.seen) // 2, len(curve) // 1000 + 1
+        views = [(start + i, start + j) for i in range(3) for j in range(3)]
+        run = {
+            **self.config,
+            "name": self.folder.name,
+            "progress": {name: self.progress[name] for name in PER_EPOCH},
+            "results": results,
+            "curve": [[n, curve[n - 1]] for n in range(len(curve), 0, -thin)][::-1],
+            "mean_std": [MEAN, STD],
+            "views": views if self.accurate else [(0, 0)],  # as ShiftAverage has them
+            "weights": {k: encode(v.cpu()) for k, v in self.model.state_dict().items()},
+        }
+        for name, (images, probabilities, labels) in (
+            ("first", first),
+            ("wrong", mistakes),
+        ):
+            run[name] = {
+                "images": encode(images),
+                "probabilities": np.nan_to_num(probabilities).round(4).tolist(),
+                "labels": labels.tolist(),
+            }
+        data = json.dumps(run).replace("<", "\\u003c")  # so that it ends no element
+        return template.read_text(encoding="utf-8").replace(">null<", f">{data}<", 1)
 
 
-def make_run_folder(settings):
-    """Make a new folder for a run; return its Path. Raises InputError."""
-    name = "compare" if settings["compare"] else settings["model"]
+def encode(array):
+    """Return the bytes of an array or tensor as text, for report.html."""
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def make_run_folder(settings, name):
+    """Make a new folder, its name ending so; return its Path. Raises InputError."""
     stamp = time.strftime("%Y%m%d-%H%M%S-") + name
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         folder = Path(settings["output_dir"], stamp + suffix)
@@ -1161,6 +1231,227 @@ def run_once(settings, folder, study):
     return status, row, begun and tracker.given_up
 
 
+# ===== Your own digits ================================================================
+# --predict: photographs and drawings, made like MNIST's images, and read by the network.
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def read_photo(path):
+    """Return an image file, upright, as grey levels: float32 (H, W), from 0 to 255.
+
+    The longer side is reduced to 1,000 pixels. Raises InputError if it is no image, is
+    damaged, or is so large that it may be a decompression bomb.
+    """
+    try:
+        if not os.path.isfile(path):
+            problem = "is not a file" if os.path.exists(path) else "does not exist"
+            raise InputError(f"{path} {problem}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:  # put behind it what it stands out from
+                image = image.convert("RGBA")
+                writing = ImageStat.Stat(image.convert("L"), image.getchannel("A"))
+                paper = "white" if writing.sum[0] < 127 * writing.count[0] else "black"
+                image = Image.alpha_composite(
+                    Image.new("RGBA", image.size, paper), image
+                )
+            if image.mode[0] in "IF":  # 16 bits or more: what counts is the contrast
+                values = np.nan_to_num(np.array(image, np.float32), posinf=0, neginf=0)
+                values = (values - values.min()) * (255 / max(np.ptp(values), 1e-9))
+                image = Image.fromarray(values)
+            else:
+                image = image.convert("RGB").convert("L")
+            image.thumbnail((1000, 1000))
+        return torch.from_numpy(np.array(image, np.float32))
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        problem = f"is no image ({', '.join(FORMATS)})"
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        problem = f"has over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+    except Exception as error:  # noqa: BLE001, a damaged file can raise anything
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error!r:.200}"
+    raise InputError(f"{path} {problem}")
+
+
+def find_ink(grey):
+    """Return how much ink there is at each pixel, (H, W), dark on light or the reverse.
+
+    0: the paper; 1: a full stroke; between: what may be noise is 0 or below. None if
+    nothing stands out. Light may fall unevenly: the paper is a quadratic surface, fitted
+    by reweighted least squares (Cauchy's weights) that care little for the ink.
+    """
+    y, x = (torch.linspace(-1, 1, size) for size in grey.shape)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=2)
+    some = slice(None, None, math.ceil(max(grey.shape) / 64))  # are enough to fit it
+    basis, values = terms[some, some].reshape(-1, 6), grey[some, some].reshape(-1)
+    apart = values - values.median()
+    for _ in range(12):
+        weighted = basis / (apart**2 + 10**2)[:, None]
+        surface = torch.linalg.lstsq(weighted.T @ basis, weighted.T @ values).solution
+        apart = values - basis @ surface
+    ink = grey - terms @ surface
+    ink *= (ink**3).sum().sign()  # the few pixels that differ much are the ink
+    noise = 1.5 * ink.abs().median()  # about a standard deviation
+    stroke = ink.max()
+    for _ in range(5):
+        stroke = ink[ink >= stroke / 2].median()
+    if stroke < max(10, 4 * noise):
+        return None
+    noise = min(2 * noise, stroke / 4)
+    return (ink - noise) / (stroke - noise)
+
+
+def find_parts(ink):
+    """Return the large connected parts of the ink (H, W), without specks.
+
+    First a mask (H, W) of them, 0 or 1; then their corners, int64 (parts, 2, 2): the
+    first row and column of each, and those after the last.
+    """
+    factor = math.ceil(max(ink.shape) / 140)  # at a reduced size it is fast
+    mask = F.max_pool2d((ink > 0.2)[None].float(), factor, ceil_mode=True)
+    grown, parts = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask, None
+    while parts is None or not torch.equal(grown, parts):  # the largest number spreads,
+        parts, grown = grown, F.max_pool2d(grown, 3, stride=1, padding=1) * mask
+        grown = F.pad(grown.flatten(), (1, 0))[grown.long()]  # in leaps: see who has it
+    sizes = parts.long().flatten().bincount()
+    sizes[0] = 0  # what is no ink
+    large, corners = (sizes > 0.06 * sizes.max()).nonzero()[:, 0], []
+    for number in large:
+        pixels = (parts[0] == number).nonzero()  # (N, 2)
+        corners.append(torch.stack([pixels.amin(dim=0), pixels.amax(dim=0) + 1]))
+    mask = torch.isin(parts, large).float()
+    mask = F.max_pool2d(mask, 3, stride=1, padding=1)[None]  # with the faint border
+    mask = F.interpolate(mask, scale_factor=factor)[0, 0, : len(ink), : ink.shape[1]]
+    return mask, factor * torch.stack(corners)
+
+
+def prepare_photo(grey):
+    """Return an image (H, W), grey levels, as MNIST's makers would: uint8 (28, 28).
+
+    They cut the digit out, fitted it into 20x20 pixels, kept its aspect, and moved its
+    centre of mass to the centre of 28x28 (LeCun et al. 1998, doi:10.1109/5.726791; in
+    the archives that is pixel 14, 14). Beside it: None, or why it is not one digit.
+    """
+    ink = find_ink(grey)
+    if ink is None:
+        return torch.zeros(28, 28, dtype=torch.uint8), "nothing stands out"
+    for _ in range(2):  # the second time from near, where small gaps show
+        mask, corners = find_parts(ink)
+        top, left = (corners[:, 0].amin(dim=0) - 3).clamp(min=0)
+        bottom, right = corners[:, 1].amax(dim=0) + 3
+        ink = (ink.clamp(0, 1) * mask)[top:bottom, left:right]
+    extents = (corners[:, 1] - corners[:, 0]).amax(dim=1)
+    digits = corners[extents > 0.5 * extents.max()]
+    gaps = (digits[:, None, 0] - digits[None, :, 1]).amax(dim=2)  # of each two
+    several = len(corners) > 6 or gaps.max() >= 0.05 * extents.max()
+
+    pixels = (ink > 0.2).nonzero()
+    scale = float((pixels.amax(dim=0) - pixels.amin(dim=0)).max() + 1) / 20
+    rows, columns = (torch.arange(size) + 0.5 for size in ink.shape)
+    mass, margin = ink.sum(), math.ceil(15 * scale)
+    y = float(ink.sum(dim=1) @ rows / mass) + margin - 14.5 * scale
+    x = float(ink.sum(dim=0) @ columns / mass) + margin - 14.5 * scale
+    image = Image.fromarray(F.pad(ink, [margin] * 4).numpy())
+    window = x, y, x + 28 * scale, y + 28 * scale
+    image = image.resize((28, 28), Image.Resampling.HAMMING, window)
+    digit = torch.from_numpy(np.array(image)).clamp(min=0)
+    digit = (255 * digit / digit.max()).round().byte()
+    return digit, "it holds several digits, or none" if several else None
+
+
+def load_predictor(path):
+    """Return a trained network, in evaluation mode, and the file that it is from.
+
+    `path`: a model.pt, a checkpoint.pt, or a folder, of which the newest finished run
+    counts. Raises InputError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = [file for n in range(3) for file in path.glob("*/" * n + "model.pt")]
+        if not found:
+            message = f"there is no finished run in {path}; python main.py makes one"
+            raise InputError(message)
+        path = max(found, key=os.path.getmtime)
+    state, settings = load_tensors(path), {}
+    try:
+        if "settings" in state:  # a checkpoint
+            settings, state = state["settings"], state["model"]
+        elif (config := path.with_name("config.json")).exists():
+            settings = json.loads(config.read_text(encoding="utf-8"))["settings"]
+        model = CNN() if "conv1.weight" in state else FullyConnectedModel()
+        model.load_state_dict(state)
+        accurate = settings["recipe"] == "accurate" if settings else False
+    except Exception as error:  # noqa: BLE001, a made-up file can raise anything
+        raise InputError(f"{path} is no model of ours ({error!r:.200})") from None
+    return (ShiftAverage(model) if accurate else model).eval(), path
+
+
+def draw_readings(names, digits, probabilities, answers):
+    """Return a Figure: digits (N, 28, 28), as the network sees them, and what it says."""
+    across = min(2, len(names))
+    down = math.ceil(len(names) / across)
+    figure = Figure(figsize=(5 * across, 2.4 * down))
+    space = {"width_ratios": (1, 1.6) * across, "hspace": 0.8, "wspace": 0.3}
+    cells = figure.subplots(down, 2 * across, squeeze=False, gridspec_kw=space)
+    figure.subplots_adjust(0.02, 0.22 / down, 0.985, 1 - 0.2 / down)
+    for axes in cells.flat[2 * len(names) :]:  # the last may be left over
+        axes.remove()
+    for name, digit, chances, answer, (left, chart) in zip(
+        names, digits, probabilities, answers, cells.reshape(-1, 2)
+    ):
+        left.imshow(digit, cmap="gray", vmin=0, vmax=255)
+        left.set(xticks=[], yticks=[])
+        draw_bars(chart, chances, GREY if answer.startswith("no answer") else BLUE)
+        title = name[-44:] + "\n" + textwrap.fill(answer, 44)
+        chart.set_title(title, fontsize=9, loc="left", parse_math=False)
+    return figure
+
+
+@torch.no_grad()
+def predict_photos(settings):
+    """Read the image files of --predict; return the exit status."""
+    predictor, path = load_predictor(settings["checkpoint"] or settings["output_dir"])
+    print(f"Model: {path}")
+    status, names, digits, remarks = 0, [], [], []
+    for name in tqdm(settings["predict"], leave=False, disable=None):
+        try:
+            digit, remark = prepare_photo(read_photo(name))
+            names.append(name)
+            digits.append(digit)
+            remarks.append(remark)
+        except InputError as error:
+            with tqdm.external_write_mode(sys.stderr):
+                status = report(error)
+    if not names:
+        return status
+    images = torch.stack(digits)
+    logits = predictor(prepare(images, predictor))  # (N, 10)
+    if not logits.isfinite().all():
+        raise InputError(f"{path}: its answers are not finite numbers")
+    best, order = logits.softmax(dim=1).sort(dim=1, descending=True)
+    answers = []
+    for name, remark, (p, q, *_), (digit, second, *_) in zip(
+        names, remarks, (100 * best).tolist(), order.tolist()
+    ):
+        answer = f"{digit} ({p:.1f} %), then {second} ({q:.1f} %)"
+        if remark is None and p < 50:
+            remark = f"it looks like no digit; most like {answer}"
+        answers.append(f"no answer: {remark}" if remark else answer)
+        print(f"{name}: {answers[-1]}")
+    shown = names[:100], images[:100].numpy(), logits[:100].softmax(dim=1).numpy()
+    picture = make_run_folder(settings, "predict") / "predictions.png"
+    save_picture(draw_readings(*shown, answers), picture)
+    more = f", the first 100 of {len(names)}" if len(names) > 100 else ""
+    print(f"What the network sees is in {picture}{more}")
+    return status
+
+
 # ===== Several runs ===================================================================
 # --seeds: how much of a result is chance? --compare: what does the convolution bring?
 
@@ -1223,11 +1514,14 @@ def main(settings):
     """Train as `settings` say, once or more often; return the exit status."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     models = ("fc", "cnn") if settings["compare"] else (settings["model"],)
+    name = "compare" if settings["compare"] else settings["model"]
     seeds = range(settings["seed"], settings["seed"] + settings["seeds"])
     runs = [(model, seed) for seed in seeds for model in models]
     status, hanging, rows = 0, False, []
     try:
-        study = folder = Path(settings["resume"] or make_run_folder(settings))
+        if settings["predict"]:
+            return predict_photos(settings)
+        study = folder = Path(settings["resume"] or make_run_folder(settings, name))
         if len(runs) > 1:
             kept = {name: settings[name] for name in (*FLAGS, "compare")}
             config = json.dumps({"settings": kept}, indent=2)

@@ -137,3 +137,21 @@ def run_script(tmp_path, environment):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """trained(*flags): the folder of a run with these flags, on all digits, 1 epoch."""
+    runs = {}
+
+    def train(*flags):
+        if flags not in runs:
+            folder = tmp_path_factory.mktemp("trained")
+            kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
+            arguments = *flags, "--epochs", "1", "--comet", "off"
+            run = Run(list(arguments), folder, kept | {"HOME": str(folder)})
+            assert run.wait() == 0, run.stderr
+            runs[flags] = run.run_dir
+        return runs[flags]
+
+    return train

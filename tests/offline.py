@@ -5,12 +5,13 @@ import zipfile
 
 
 class Archive:
-    """What is in it: name, key, project, graph, tags, params, metrics, images, matrices."""
+    """What is in it: name, key, project, graph, tags, params, metrics, images, …"""
 
     def __init__(self, path):
         self.metrics = {}  # name: [(step, epoch, value), ...] as logged
         self.params = {}
         self.images = []  # (name, step, data), ... as logged
+        self.assets = {}  # file name: data
         self.matrices = []  # confusion matrices, as Comet stores them
         self.name = self.graph = None
         with zipfile.ZipFile(path) as archive:
@@ -37,5 +38,8 @@ class Archive:
             about = content["additional_params"]
             data = archive.read(content["file_path"])
             self.images.append((about["figName"], about["step"], data))
+        elif kind == "file_upload" and content["upload_type"] == "asset":
+            name = content["additional_params"]["fileName"]
+            self.assets[name] = archive.read(content["file_path"])
         elif kind == "file_upload" and content["upload_type"] == "confusion-matrix":
             self.matrices.append(json.loads(archive.read(content["file_path"])))

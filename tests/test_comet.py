@@ -105,6 +105,11 @@ def test_offline_the_pictures_are_those_of_the_folder(offline):
     assert latest == read_pictures(offline.run)
 
 
+def test_offline_the_report_is_an_asset(offline):
+    report = (offline.run.run_dir / "report.html").read_bytes()
+    assert offline.archive.assets == {"report.html": report}
+
+
 def test_offline_the_loss_curve_grows_under_one_name(offline):
     images = offline.archive.images
     curves = [(step, data) for name, step, data in images if name == "loss_curve"]
@@ -230,6 +235,10 @@ def test_online_the_pictures_are_those_of_the_folder(online):
     last = [(n, data) for n, step, data in online.server.images if step == 3 * 938]
     assert dict(last) == read_pictures(online.run)
     assert {name for name, *_ in online.server.images} == set(PICTURES)
+    reports = [
+        u for u in online.server.uploads if u["query"].get("extension") == "html"
+    ]
+    assert [u["query"]["fileName"] for u in reports] == ["report.html"]
 
 
 def test_online_the_name_and_the_graph_are_there(online):

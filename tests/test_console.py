@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -29,7 +30,7 @@ BAR = re.compile(r" *\d+%\|.*\| \d+/32 \[.*(it/s|s/it).*\] *")
 FILES = {
     *("loss_curve.png", "sample_prediction.png", "single_prediction.png"),
     *("predictions_grid.png", "worst_mistakes.png", "confusion_matrix.png"),
-    *("config.json", "metrics.json"),
+    *("config.json", "metrics.json", "report.html"),
     *("model.pt", "checkpoint.pt"),
 }
 
@@ -383,6 +384,7 @@ def test_a_constant_edited_does_what_the_flag_does(environment, tmp_path):
         text, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
         assert found == 1
     (tmp_path / "main.py").write_text(text, encoding="utf-8")
+    shutil.copy(SCRIPT.with_name("report.html"), tmp_path)
     done = subprocess.run(
         [sys.executable, "main.py"],
         cwd=tmp_path,

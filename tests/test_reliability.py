@@ -85,6 +85,8 @@ def assert_whole(folder):
             assert read(folder, path.name)
         elif path.suffix == ".pt":
             assert main.load_tensors(path)
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
         else:
             assert path.suffix == ".zip" and Archive(path).metrics, path
 
@@ -178,7 +180,7 @@ def test_a_stopped_run_tells_what_stopped_it_and_how_to_go_on(story):
 def test_a_stopped_run_leaves_whole_files(story):
     assert_whole(story.stopped)
     names = {f"{name}.png" for name in PICTURES}
-    names |= {"config.json", "metrics.json", "checkpoint.pt"}
+    names |= {"config.json", "metrics.json", "checkpoint.pt", "report.html"}
     assert names == {p.name for p in story.stopped.iterdir() if p.suffix != ".zip"}
 
 
