@@ -15,7 +15,6 @@ import base64
 import contextlib
 import ctypes
 import io
-import itertools
 import json
 import math
 import os
@@ -26,10 +25,8 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import uuid
@@ -82,7 +79,8 @@ FLAGS = {  # name: (default, what it may be, help)
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
 RECIPES = {"accurate": {"epochs": 7, "batch_size": 64, "lr": 0.1, "optimizer": "sgd"}}
-RESUMABLE = ("epochs", "device", "comet")  # settings that a resumed run may change
+# What a resumed run may change; but a schedule has its end: accurate keeps the epochs.
+RESUMABLE = ("epochs", "device", "comet")
 
 
 class UserError(Exception):
@@ -121,7 +119,7 @@ def read_settings(argv):
     """Return the settings, a dict: the flags in `argv`, else the constants above.
 
     "resume" in it is None or a run's folder: it keeps its settings, save RESUMABLE ones.
-    "predict" is None or a list of image files; "checkpoint": what reads them, or None.
+    "predict" is None or image files; "checkpoint" what shall read them, or None.
     """
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -136,43 +134,38 @@ def read_settings(argv):
         parser.add_argument(flag_of(name), metavar=choices, help=text)
     parser.add_argument("--compare", action="store_true", help="both models, compared")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="a run to go on")
-    text = "read your own digits, from image files, with the newest finished run"
-    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help=text)
-    text = "model.pt or checkpoint.pt that --predict shall take"
+    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="digits to read")
+    text = "the model.pt or checkpoint.pt that reads them (default: of the newest run)"
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=text)
     given = vars(parser.parse_args(argv))
-    run, photos = given.pop("resume", None), given.pop("predict", None)
-    trained = given.pop("checkpoint", None)
-    if trained and not photos:
-        raise InputError("--checkpoint goes with --predict IMAGE")
-    if photos and (given.keys() - {"output_dir"} or (run and trained)):
-        message = (
-            "--predict goes with --checkpoint or --resume, and --output-dir, alone"
-        )
-        raise InputError(message)
-    if photos:
-        run, trained = None, run or trained
+    others = "resume", "predict", "checkpoint"
+    run, photos, trained = (given.pop(name, None) for name in others)
+    alone = given.keys() <= {"output_dir"} and not (run and trained)
+    if not (alone if photos else trained is None):
+        refuse("--predict goes with --checkpoint or --resume, and --output-dir, alone")
 
-    origin, kept = "the constant", {name: flag[0] for name, flag in FLAGS.items()}
+    kept, fixed = {name: flag[0] for name, flag in FLAGS.items()}, ()
+    origin = "the constant"
     kept |= RECIPES.get(str(given.get("recipe", RECIPE)), {})
-    settings = {"resume": run, "compare": given.pop("compare", False)}
-    settings |= {"predict": photos, "checkpoint": trained}
-    if run is not None:
+    settings = {"compare": given.pop("compare", False), "predict": photos}
+    settings |= {"resume": run, "checkpoint": trained or run}
+    if run is not None and not photos:
         origin = config = Path(run, "config.json")
         try:
             with open(config, encoding="utf-8") as file:
                 kept = json.loads(file.read(100_000))["settings"]
             settings["compare"] = dict(kept).get("compare") is True
             kept = {name: kept[name] for name in FLAGS}
+            fixed = FLAGS.keys() - RESUMABLE[kept["recipe"] == "accurate" :]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            message = f"--resume: {config} is no run's: {error!r:.200}"
-            raise InputError(message) from None
-    free = RESUMABLE[kept["recipe"] == "accurate" :]  # whose schedule has an end
+            raise InputError(
+                f"--resume: {config} is no run's: {error!r:.200}"
+            ) from None
     for name, (_, allowed, _) in FLAGS.items():
         source = flag_of(name) if name in given else f"{origin} {name.upper()}"
         text = given.get(name, str(kept[name]))
         settings[name] = read_setting(source, text, allowed)
-        if run is not None and name not in free and settings[name] != kept[name]:
+        if name in fixed and settings[name] != kept[name]:
             raise InputError(f"{source} {text}: the run to resume has {kept[name]}")
 
     if settings["batch_size"] > (images := settings["limit"] or 60_000):
@@ -311,16 +304,6 @@ def make_batches(images, labels, batch_size, order, model):
 
 
 # ===== Training and evaluation ========================================================
-
-
-def select_device(name="auto"):
-    """Return the torch.device of that name; "auto": the best there is. InputError if none."""
-    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
-    if name == "auto":
-        name = "mps" if mps else "cuda" if cuda else "cpu"
-    if (name == "mps" and not mps) or (name == "cuda" and not cuda):
-        raise InputError(f"--device {name}: PyTorch finds none here; use auto or cpu")
-    return torch.device(name)
 
 
 def train_epoch(model, batches, loss_function, optimizer, on_step):
@@ -589,7 +572,7 @@ def draw_confusion(matrix):
     figure = Figure(figsize=(6.7, 6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(wrong.numpy(), cmap="Oranges", vmax=max(1, 2 * int(wrong.max())))
-    for row, column in itertools.product(range(10), repeat=2):
+    for row, column in np.ndindex(10, 10):
         style = {"color": BLUE, "weight": "bold"} if row == column else {}
         count = int(counts[row, column])
         axes.text(column, row, count or "·", ha="center", va="center", **style)
@@ -883,6 +866,16 @@ RULE = "=" * 70
 PER_EPOCH = ("train_accuracy", "train_loss", "epoch_seconds")  # a number for each epoch
 
 
+def select_device(name="auto"):
+    """Return the torch.device of that name; "auto": the best there is. InputError if none."""
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    if name == "auto":
+        name = "mps" if mps else "cuda" if cuda else "cpu"
+    if (name == "mps" and not mps) or (name == "cuda" and not cuda):
+        raise InputError(f"--device {name}: PyTorch finds none here; use auto or cpu")
+    return torch.device(name)
+
+
 def keep_freed_memory():
     """Have glibc keep freed memory: to fault it in again takes a third of every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc, no need
@@ -1059,20 +1052,13 @@ class Run:
         if monitor.losses:
             curve = monitor.plotter.draw(monitor.smoothed.get())
             tracker.log("log_image", curve, name="loss_curve", step=step)
-        images = self.test_images.cpu().numpy()
-        labels = self.test_labels.cpu().numpy()
-        probabilities = logits.softmax(dim=1).cpu().numpy()  # (N, 10)
-        first = images[:20], probabilities[:20], labels[:20]
-        mistakes = tuple(values[:0] for values in first)
+        first, mistakes = self.pick_digits(logits)
         figures = {
             "sample_prediction": draw_digits(*first, 1, 1),
             "single_prediction": draw_detail(*(values[0] for values in first)),
             "predictions_grid": draw_digits(*first, 5, 4),
         }
         if results:
-            wrong = (probabilities.argmax(axis=1) != labels).nonzero()[0]
-            worst = wrong[probabilities[wrong].max(axis=1).argsort()[::-1][:200]]
-            mistakes = images[worst], probabilities[worst], labels[worst]
             figures["worst_mistakes"] = draw_digits(*(x[:20] for x in mistakes), 5, 4)
             figures["confusion_matrix"] = draw_confusion(results["confusion_matrix"])
             weights = self.model.state_dict().items()
@@ -1090,20 +1076,29 @@ class Run:
             tracker.log("log_image", picture, name=name, step=step)
         metrics = json.dumps({**self.progress, **results}, indent=2)
         write_file(self.folder / "metrics.json", metrics.encode())
-        if page := self.make_report(monitor.smoothed.get(), first, mistakes, results):
-            path = self.folder / "report.html"
-            write_file(path, page.encode())
-            tracker.log("log_asset", str(path), file_name=path.name)
 
-    def make_report(self, curve, first, mistakes, results):
-        """Return the page report.html, its template filled in; None if that is missing.
+    def pick_digits(self, logits):
+        """Return the first 20 test digits, and those read wrong, the surest 200 first.
 
-        `curve`: the smoothed losses; `first`, `mistakes`: images, probabilities, labels.
+        Each: images (N, 28, 28), probabilities (N, 10), labels (N,), of NumPy.
         """
+        count = len(logits)
+        images = self.test_images[:count].cpu().numpy()
+        labels = self.test_labels[:count].cpu().numpy()
+        probabilities = logits.softmax(dim=1).cpu().numpy()
+        wrong = (probabilities.argmax(axis=1) != labels).nonzero()[0]
+        wrong = wrong[probabilities[wrong].max(axis=1).argsort()[::-1][:200]]
+        chosen = slice(20), wrong
+        return [(images[i], probabilities[i], labels[i]) for i in chosen]
+
+    def write_report(self, monitor, logits, results):
+        """Write report.html: its template, beside this script, filled in; tell Comet."""
         template = Path(__file__).resolve().with_name("report.html")
         if not template.exists():
             print(f"{template} is missing: this run gets no report", file=sys.stderr)
-            return None
+            return
+        curve = monitor.smoothed.get()
+        first, mistakes = self.pick_digits(logits)
         start, thin = (26 - self.model.seen) // 2, len(curve) // 1000 + 1
         views = [(start + i, start + j) for i in range(3) for j in range(3)]
         run = {
@@ -1126,7 +1121,10 @@ class Run:
                 "labels": labels.tolist(),
             }
         data = json.dumps(run).replace("<", "\\u003c")  # so that it ends no element
-        return template.read_text(encoding="utf-8").replace(">null<", f">{data}<", 1)
+        page = template.read_text(encoding="utf-8").replace(">null<", f">{data}<", 1)
+        path = self.folder / "report.html"
+        write_file(path, page.encode())
+        monitor.tracker.log("log_asset", str(path), file_name=path.name)
 
 
 def encode(array):
@@ -1189,6 +1187,7 @@ def run_once(settings, folder, study):
         results = run.test(logits)
         run.keep(monitor, logits, results)
         kept = True
+        run.write_report(monitor, logits, results)
         late = []  # All is safe: a Ctrl-C waits for the last second, a second one doesn't.
         handle_signals(
             lambda *call: (late.append(call), handle_signals(signal.SIG_DFL))
@@ -1216,7 +1215,8 @@ def run_once(settings, folder, study):
         with contextlib.suppress(UserError, OSError):  # keep what is good
             if begun and not kept:
                 run.load_checkpoint()
-                run.keep(monitor, run.predict(20), {})
+                run.keep(monitor, logits := run.predict(20), {})
+                run.write_report(monitor, logits, {})
             if begun and not uploaded and (uploaded := tracker.finish()):
                 print(uploaded)
         for new in () if begun or settings["resume"] else (folder, study):
@@ -1408,7 +1408,7 @@ def draw_readings(names, digits, probabilities, answers):
         left.imshow(digit, cmap="gray", vmin=0, vmax=255)
         left.set(xticks=[], yticks=[])
         draw_bars(chart, chances, GREY if answer.startswith("no answer") else BLUE)
-        title = name[-44:] + "\n" + textwrap.fill(answer, 44)
+        title = name[-44:] + "\n" + answer.replace("; ", ";\n")
         chart.set_title(title, fontsize=9, loc="left", parse_math=False)
     return figure
 
@@ -1495,7 +1495,7 @@ def summarise(rows, study):
             several[model], cells = {}, []
             for name, (width, n) in NUMBERS.items():
                 values = [row[name] for row in runs]
-                mean, deviation = statistics.mean(values), statistics.stdev(values)
+                mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
                 several[model][name] = {"mean": mean, "standard_deviation": deviation}
                 cells.append(f"{mean:.{n}f} ± {deviation:.{n}f}".rjust(width))
             print(f"{model:5} mean", *cells)
