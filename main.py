@@ -6,6 +6,7 @@ python main.py --compare                train the fully connected baseline besid
 python main.py --limit 2000 --epochs 1  a quick look
 python main.py --resume runs/NAME       go on with a run that was stopped
 python main.py --predict photo.jpg      read your own handwriting
+torchrun --nproc-per-node=2 main.py     on two processors or GPUs; on more machines too
 
 Test accuracy 98.30 ± 0.22 %, accurate 99.61 ± 0.03 % (10 seeds, PyTorch 2.14.1, EPYC).
 """
@@ -32,6 +33,7 @@ import time
 import uuid
 import warnings
 import zipfile
+from datetime import timedelta
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
@@ -191,7 +193,8 @@ def refuse(message):
 
 def report(error):
     """Print an error as one line on standard error; return the exit status."""
-    print("main.py:", " ".join(str(error).split()), file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, InputError):
+        print("main.py:", " ".join(str(error).split()), file=sys.stderr)
     return getattr(error, "status", 1)
 
 
@@ -214,6 +217,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from torch import distributed as dist
 from torch import nn
 from torchsummary import summary
 from torchvision.datasets import MNIST
@@ -393,10 +397,12 @@ def warp(batches, maps, size):
     """Yield the batches, each image (1, 28, 28) warped by its map: (1, size, size)."""
     zoom = torch.tensor([size / 28, size / 28, 1], device=maps[0].device)
     for (images, labels), chosen in zip(batches, maps):
-        shape = len(images), 1, size, size
-        grid = F.affine_grid(chosen * zoom, shape, align_corners=False)
-        options = {"padding_mode": "border", "align_corners": False}
-        yield F.grid_sample(images, grid, **options), labels
+        if len(images):  # with torchrun, a process may have none of a batch
+            shape = len(images), 1, size, size
+            grid = F.affine_grid(chosen * zoom, shape, align_corners=False)
+            options = {"padding_mode": "border", "align_corners": False}
+            images = F.grid_sample(images, grid, **options)
+        yield images, labels
 
 
 class ShiftAverage(nn.Module):
@@ -519,6 +525,19 @@ class Monitor:
         if png := self.plotter.plot(smoothed):
             self.tracker.log("log_image", png, name="loss_curve", step=step)
         self.shown = time.monotonic()
+
+
+class Silence(Monitor):
+    """What the other processes of torchrun have instead: it shows nothing."""
+
+    def __init__(self):
+        self.bar, self.tracker = None, Tracker("off", None)
+
+    def step(self, loss):
+        """Take the loss of one step."""
+
+    def show(self):
+        """Show nothing."""
 
 
 # ===== Pictures =======================================================================
@@ -860,6 +879,112 @@ class Tracker:
         requests.Session.send = watched
 
 
+# ===== Several processes ==============================================================
+# torchrun --nproc-per-node=2 main.py: every process trains on its share of each batch. It
+# stays the same experiment: the same batches, and, but for rounding, the same weights.
+
+
+def launched():
+    """Tell whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def name_launcher():
+    """Return what tells this torchrun from others: the same after a restart; or None."""
+    return f"{platform.node()} {os.getppid()}" if launched() else None
+
+
+@contextlib.contextmanager
+def name_loss():
+    """Raise UserError where PyTorch finds that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        time.sleep(1)  # a signal that comes with it says more
+        raise UserError(f"another process is gone ({error!r:.100})") from None
+
+
+class Team:
+    """The processes that torchrun has started; this is one of them."""
+
+    def __init__(self, settings):
+        """Join the others. Raises InputError."""
+        device, self.size = settings["device"], int(os.environ["WORLD_SIZE"])
+        if device == "mps":
+            raise InputError("--device mps: torchrun needs cuda or cpu")
+        if settings["batch_size"] < self.size:
+            raise InputError(f"--batch-size must be {self.size} or more: the processes")
+        gpu = device != "cpu" and torch.cuda.is_available()
+        number = int(os.environ["LOCAL_RANK"])
+        self.device = torch.device("cuda", number) if gpu else torch.device("cpu")
+        # As long as the first process may need to download MNIST; a process that is
+        # killed is seen at once.
+        wait = timedelta(minutes=10)
+        store, self.rank, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts us: read no address of before.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        named = {"store": store, "rank": self.rank, "world_size": self.size}
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=wait, **named)
+        self.shares, self.part = iter(()), 1.0
+
+    def share(self, count, batch_size):
+        """Return which of `count` places are ours, and how many of them in each batch."""
+        batches = torch.arange(count).split(batch_size)
+        ours = [batch.tensor_split(self.size)[self.rank] for batch in batches]
+        sizes = [len(our) for our in ours]
+        self.shares = iter([n / len(batch) for n, batch in zip(sizes, batches)])
+        self.part = next(self.shares)  # of the batch under way
+        self.whole = sum(sizes) / count
+        return torch.cat(ours), sizes
+
+    def make_loss(self, smoothing):
+        """Return cross_entropy, that of no images being 0: our share may be empty."""
+
+        def loss_function(logits, labels):
+            named = {"label_smoothing": smoothing, "reduction": "sum"}
+            return F.cross_entropy(logits, labels, **named) / max(1, len(labels))
+
+        return loss_function
+
+    def wrap(self, model):
+        """Return the model as one that adds up its gradients over all processes."""
+        model = nn.parallel.DistributedDataParallel(model)
+        model.register_comm_hook(self, add_gradients)
+        return model
+
+    def average(self, *numbers):
+        """Return the means over all images of numbers that are means over our share."""
+        ours = torch.tensor(numbers, dtype=torch.float64) * self.whole
+        return self.add(ours.to(self.device)).tolist()
+
+    def add_loss(self, loss):
+        """Return the mean loss of the whole batch, given that of our share of it."""
+        loss = loss * self.part
+        self.part = next(self.shares, 1.0)
+        return self.add(loss)
+
+    def add(self, tensor):
+        """Return the sum of all processes' tensors."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    @name_loss()
+    def broadcast(self, value):
+        """Return the first process's value."""
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+
+def add_gradients(team, bucket):
+    """Add the processes' mean gradients, each weighted by its part of the batch."""
+    gradients = bucket.buffer().mul_(team.part)
+    future = dist.all_reduce(gradients, async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
 # ===== The run ========================================================================
 
 RULE = "=" * 70
@@ -886,11 +1011,14 @@ def keep_freed_memory():
 class Run:
     """One training run: its settings, its folder, its state, its checkpoints."""
 
-    def __init__(self, settings, folder):
-        """Load the data and make the model. `settings`: as read_settings returns them."""
+    def __init__(self, settings, folder, team=None):
+        """Load the data and make the model. `settings`: as read_settings returns them.
+
+        `folder` is None for a process of the `team` that is not the first one.
+        """
         self.settings = {name: settings[name] for name in FLAGS}
-        self.folder = folder
-        self.device = select_device(settings["device"])
+        self.folder, self.team = folder, team
+        self.device = team.device if team else select_device(settings["device"])
         images, labels, *test = load_mnist(settings["data_dir"])
         self.test_images, self.test_labels = (tensor.to(self.device) for tensor in test)
         torch.manual_seed(settings["seed"])
@@ -916,6 +1044,15 @@ class Run:
             self.optimizer = torch.optim.SGD(parameters, lr=lr, **options)
         if settings["resume"]:
             self.load_checkpoint()
+        self.trained = self.model
+        if team:
+            state = self.progress, self.model.state_dict(), self.optimizer.state_dict()
+            state = team.broadcast((*state, self.generator.get_state()))
+            self.progress, weights, optimizer, generator = state
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(optimizer)
+            self.generator.set_state(generator)
+            self.trained = team.wrap(self.model)
         packages = "torch", "torchvision", "numpy", "matplotlib", "comet-ml"
         flags = [f"{flag_of(name)}={value}" for name, value in self.settings.items()]
         self.config = {  # all that it takes to repeat the run
@@ -923,12 +1060,15 @@ class Run:
             "command": shlex.join(["python", "main.py", *flags]),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "processes": team.size if team else 1,
             "platform": f"{platform.platform()}, Python {platform.python_version()}",
             "versions": {name: version(name) for name in packages},
             "data_md5": dict(MNIST.resources),
+            "launcher": name_launcher(),
         }
-        config = json.dumps(self.config, indent=2)
-        write_file(folder / "config.json", config.encode())
+        if folder:
+            config = json.dumps(self.config, indent=2)
+            write_file(folder / "config.json", config.encode())
 
     def save_checkpoint(self):
         """Write checkpoint.pt, from which load_checkpoint goes on."""
@@ -974,32 +1114,51 @@ class Run:
         except Exception as error:  # noqa: BLE001, a made-up file can raise anything
             raise InputError(f"{path} is not of this run ({error!r:.200})") from None
 
+    def make_epoch(self, epoch):
+        """Return the batches of an epoch, counted from 1, by settings and recipe."""
+        sizes, count = self.settings["batch_size"], len(self.labels)
+        order = torch.randperm(count, generator=self.generator)
+        maps = draw_warps(count, self.generator) if self.accurate else None
+        if self.team:
+            ours, sizes = self.team.share(count, sizes)
+            order, maps = order[ours], maps[ours] if self.accurate else None
+        order = order.to(self.device)
+        batches = make_batches(self.images, self.labels, sizes, order, self.predictor)
+        if self.accurate:
+            maps = maps.to(self.device).split(sizes)
+            batches = warp(batches, maps, self.model.seen)
+            steps = range(
+                (epoch - 1) * self.steps, self.settings["epochs"] * self.steps
+            )
+            batches = one_cycle(batches, steps, self.optimizer, self.settings["lr"])
+        return batches
+
+    @name_loss()
     def train(self, monitor):
         """Train the epochs that are missing: a line and a checkpoint for each."""
-        epochs, batch_size = self.settings["epochs"], self.settings["batch_size"]
-        images, labels, count = self.images, self.labels, len(self.labels)
+        epochs, team, on_step = self.settings["epochs"], self.team, monitor.step
         smoothing = LABEL_SMOOTHING if self.accurate else 0
         loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        if team:
+            loss_function = team.make_loss(smoothing)
+            on_step = lambda loss: monitor.step(team.add_loss(loss))
         keep_freed_memory()
         for epoch in range(len(self.progress["train_loss"]) + 1, epochs + 1):
             start = time.perf_counter()
-            order = torch.randperm(count, generator=self.generator).to(self.device)
-            batches = make_batches(images, labels, batch_size, order, self.predictor)
-            if self.accurate:
-                maps = draw_warps(count, self.generator).to(self.device)
-                batches = warp(batches, maps.split(batch_size), self.model.seen)
-                steps = range((epoch - 1) * self.steps, epochs * self.steps)
-                batches = one_cycle(batches, steps, self.optimizer, self.settings["lr"])
-            task = self.model, batches, loss_function, self.optimizer, monitor.step
-            with tqdm(total=self.steps) as monitor.bar:
+            batches = self.make_epoch(epoch)
+            task = self.trained, batches, loss_function, self.optimizer, on_step
+            with tqdm(total=self.steps, disable=not self.folder) as monitor.bar:
                 loss, accuracy = train_epoch(*task)
                 monitor.show()
+            if team:
+                loss, accuracy = team.average(loss, accuracy)
             if not all(p.isfinite().all() for p in self.model.parameters()):
                 raise FloatingPointError(f"{WENT_WRONG} a weight is not finite")
             numbers = accuracy, loss, time.perf_counter() - start
             for name, number in zip(PER_EPOCH, numbers):
                 self.progress[name].append(number)
-            self.save_checkpoint()
+            if self.folder:
+                self.save_checkpoint()
             print(f"Epoch {epoch}/{epochs}, Accuracy: {accuracy:.4f}")
             self.log_epoch(epoch, numbers, monitor.tracker)
 
@@ -1020,13 +1179,19 @@ class Run:
         for epoch, numbers in enumerate(zip(*epochs), 1):
             self.log_epoch(epoch, numbers, tracker, live=False)
 
+    @name_loss()
     @torch.no_grad()
     def predict(self, count=None):
         """Return the logits (N, 10) of the first `count` test images; None: of all."""
         self.model.eval()
         order = torch.arange(len(self.test_labels[:count]), device=self.device)
-        test = self.test_images, self.test_labels, 250, order, self.predictor
-        return torch.cat([self.predictor(images) for images, _ in make_batches(*test)])
+        logits = torch.zeros(len(order), 10, device=self.device)
+        shared = self.team and count is None  # each process takes its part, once
+        ours = order.tensor_split(self.team.size)[self.team.rank] if shared else order
+        test = self.test_images, self.test_labels, 250, ours, self.predictor
+        parts = [self.predictor(images) for images, _ in make_batches(*test)]
+        logits[ours] = torch.cat(parts)
+        return self.team.add(logits) if shared else logits
 
     def test(self, logits):
         """Return the results on all the test images, given their logits; print them."""
@@ -1152,24 +1317,30 @@ def get_shapes(state):
     return [(i, name, getattr(value, "shape", None)) for i, name, value in named]
 
 
+def end_early():
+    """Have the next Ctrl-C or SIGTERM end us at once; torchrun sends two of each."""
+    handle_signals(signal.SIG_IGN if launched() else signal.SIG_DFL)
+
+
 def stop(signum, frame):
-    """Handle Ctrl-C and SIGTERM: end in good order. A second one ends at once."""
-    handle_signals(signal.SIG_DFL)
+    """Handle Ctrl-C and SIGTERM: end in good order. For a second one see end_early."""
+    end_early()
     error = KeyboardInterrupt(f"interrupted by {signal.Signals(signum).name}")
     error.status = 128 + signum
     raise error
 
 
-def run_once(settings, folder, study):
+def run_once(settings, folder, study, team=None):
     """Train, evaluate, show and track once, into `folder`: a new one, or one to resume.
 
-    `study`: the folder of all runs, which is `folder` if there is one only. Return the
-    exit status, a row for the table of runs, and whether threads of Comet hang.
+    `study`: the folder of all runs, which is `folder` if there is one only; `team`: None,
+    or that of the first process. Return the exit status, a row for the table of runs, and
+    whether threads of Comet hang.
     """
     uploaded, status, begun, kept, row = None, 0, False, False, {}
     try:
         handle_signals(stop)
-        run = Run(settings, folder)
+        run = Run(settings, folder, team)
         tracker = Tracker(settings["comet"], folder, run.comet_key)
         monitor = Monitor(run.progress["losses"], folder / "loss_curve.png", tracker)
         run.comet_key = tracker.key
@@ -1189,9 +1360,7 @@ def run_once(settings, folder, study):
         kept = True
         run.write_report(monitor, logits, results)
         late = []  # All is safe: a Ctrl-C waits for the last second, a second one doesn't.
-        handle_signals(
-            lambda *call: (late.append(call), handle_signals(signal.SIG_DFL))
-        )
+        handle_signals(lambda *call: (late.append(call), end_early()))
         uploaded = tracker.finish()
         place = f"results in {folder}" + f"; {uploaded}" * bool(uploaded)
         print(RULE, f"TRAINING COMPLETE - {place}", RULE, sep="\n")
@@ -1210,7 +1379,7 @@ def run_once(settings, folder, study):
         if late and study != folder:
             stop(*late[0])
     except (KeyboardInterrupt, UserError, OSError, FloatingPointError) as error:
-        handle_signals(signal.SIG_DFL)
+        end_early()
         status = report(error)
         with contextlib.suppress(UserError, OSError):  # keep what is good
             if begun and not kept:
@@ -1510,6 +1679,37 @@ def summarise(rows, study):
     print(f"the results of all {len(rows)} runs are in {study}")
 
 
+def assist(runs):
+    """Be not the first process of torchrun: train a share of all runs, show nothing.
+
+    `runs`: their settings. Return the exit status.
+    """
+    handle_signals(lambda number, frame: os._exit(128 + number))
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the end
+    try:
+        team = Team(runs[0])
+        for settings in runs:
+            run = Run(settings, None, team)
+            run.train(Silence())
+            run.predict()
+    except UserError as error:
+        return report(error)
+    except FloatingPointError:
+        return 1  # the first process says it
+    dist.destroy_process_group()
+    return 0
+
+
+def find_started(output_dir):
+    """Return the newest run that this torchrun has begun, a folder; None if none."""
+    mine = json.dumps(name_launcher())
+    for config in sorted(Path(output_dir).glob("*/config.json"), reverse=True):
+        started = any(config.parent.glob("**/checkpoint.pt"))
+        if started and mine in config.read_text(encoding="utf-8", errors="replace"):
+            return config.parent
+    return None
+
+
 def main(settings):
     """Train as `settings` say, once or more often; return the exit status."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -1517,14 +1717,23 @@ def main(settings):
     name = "compare" if settings["compare"] else settings["model"]
     seeds = range(settings["seed"], settings["seed"] + settings["seeds"])
     runs = [(model, seed) for seed in seeds for model in models]
+    if launched() and os.environ["RANK"] != "0":
+        one = {"seeds": 1, "resume": None}
+        all_ = [settings | one | {"model": model, "seed": seed} for model, seed in runs]
+        return 0 if settings["predict"] else assist(all_)
     status, hanging, rows = 0, False, []
     try:
         if settings["predict"]:
             return predict_photos(settings)
+        team = Team(settings) if launched() else None
+        if team and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+            begun = find_started(settings["output_dir"])
+            settings["resume"] = settings["resume"] or begun
         study = folder = Path(settings["resume"] or make_run_folder(settings, name))
         if len(runs) > 1:
             kept = {name: settings[name] for name in (*FLAGS, "compare")}
-            config = json.dumps({"settings": kept}, indent=2)
+            about = {"settings": kept, "launcher": name_launcher()}
+            config = json.dumps(about, indent=2)
             write_file(study / "config.json", config.encode())
         for model, seed in runs:
             one = settings | {"model": model, "seed": seed, "seeds": 1}
@@ -1533,13 +1742,15 @@ def main(settings):
                 one["resume"] = folder if (folder / "checkpoint.pt").exists() else None
                 folder.mkdir(exist_ok=True)
                 print(f"Run {len(rows) + 1} of {len(runs)}: {model}, seed {seed}")
-            status, row, hangs = run_once(one, folder, study)
+            status, row, hangs = run_once(one, folder, study, team)
             hanging |= hangs
             rows.append(row)
             if status:
                 break
         if len(runs) > 1 and not status:
             summarise(rows, study)
+        if team and not status:
+            dist.destroy_process_group()
     except (UserError, OSError) as error:
         status = report(error)
     if hanging:

@@ -1,0 +1,369 @@
+"""The same script under torchrun: real processes, on this machine and across two hosts."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import main
+
+QUICK = ["--limit", "2000", "--epochs", "1", "--comet", "off"]
+TORCHRUN = sys.executable, "-m", "torch.distributed.run"
+
+
+class Launch:
+    """torchrun with main.py, and its processes."""
+
+    def __init__(self, folder, environment, flags, processes, options=(), prefix=()):
+        self.folder = folder
+        if processes:
+            launcher = [*TORCHRUN, f"--nproc-per-node={processes}", *options]
+            if "--nnodes=2" not in options:
+                launcher.append("--standalone")
+        else:
+            launcher = [sys.executable]
+        self.out, self.err = folder / "out", folder / "err"
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(
+                [*prefix, *launcher, main.__file__, *map(str, flags)],
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds=120):
+        """Wait for the end; return the exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"hangs\n{self.stdout}\n{self.stderr}")
+
+    def wait_for(self, text, seconds=120):
+        """Wait until the text is on standard output."""
+        end = time.monotonic() + seconds
+        while text not in self.stdout:
+            assert self.process.poll() is None and time.monotonic() < end, self.stderr
+            time.sleep(0.02)
+
+    def find(self, rank):
+        """Return the process number of a rank."""
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                names = dict(
+                    pair.split(b"=", 1)
+                    for pair in (place / "environ").read_bytes().split(b"\0")
+                    if b"=" in pair
+                )
+                parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+                ours = int(parent) == self.process.pid
+                if ours and names.get(b"RANK") == str(rank).encode():
+                    return int(place.name)
+        raise LookupError(rank)
+
+    def end(self):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def stdout(self):
+        return self.out.read_text()
+
+    @property
+    def stderr(self):
+        return self.err.read_text()
+
+    @property
+    def run_dir(self):
+        (run_dir,) = (self.folder / "runs").iterdir()
+        return run_dir
+
+    @property
+    def metrics(self):
+        return json.loads((self.run_dir / "metrics.json").read_text())
+
+    @property
+    def weights(self):
+        return main.load_tensors(self.run_dir / "model.pt")
+
+
+@pytest.fixture
+def torchrun(tmp_path, environment):
+    """torchrun(*flags, processes=2, options=()) launches main.py; 0 processes: without."""
+    launches = []
+
+    def launch(*flags, processes=2, options=(), folder=None):
+        folder = folder or tmp_path / f"launch{len(launches)}"
+        folder.mkdir(exist_ok=True)
+        launches.append(Launch(folder, environment, flags, processes, options))
+        return launches[-1]
+
+    yield launch
+    for one in launches:
+        one.end()
+
+
+def differ(one, other):
+    """Return the largest difference of a weight between two launches."""
+    one, other = one.weights, other.weights
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# ----- the same experiment
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count, batch_size", [(2000, 64), (129, 64), (10, 7), (7, 7)])
+def test_each_image_once_in_its_batch(size, count, batch_size):
+    order = torch.randperm(count)
+    batches = [[] for _ in order.split(batch_size)]
+    whole = 0
+    for rank in range(size):
+        team = SimpleNamespace(size=size, rank=rank)
+        ours, sizes = main.Team.share(team, count, batch_size)
+        for batch, part in zip(batches, order[ours].split(sizes)):
+            batch += part.tolist()
+        shares = [team.part, *team.shares]
+        lengths = [len(batch) for batch in order.split(batch_size)]
+        assert [n / b for n, b in zip(sizes, lengths)] == shares
+        whole += team.whole
+    assert batches == [batch.tolist() for batch in order.split(batch_size)]
+    assert abs(whole - 1) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """QUICK in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch = Launch(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, QUICK, 0)
+    assert launch.wait() == 0, launch.stderr
+    return launch
+
+
+def assert_same(one, other):
+    """Check that two launches were the same experiment, but for rounding."""
+    assert differ(one, other) < 1e-4
+    one, other = one.metrics, other.metrics
+    for name in "losses", "train_loss":
+        assert len(one[name]) == len(other[name])
+        assert other[name] == pytest.approx(one[name], abs=1e-4)
+    for name in "train_accuracy", "test_accuracy", "test_loss":
+        assert other[name] == pytest.approx(one[name], abs=5e-4)
+    rows, others = (
+        torch.tensor(m["confusion_matrix"]).sum(dim=1) for m in (one, other)
+    )
+    assert rows.sum() == 10_000 and torch.equal(rows, others)  # every test image, once
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_trains_the_same_weights(torchrun, alone, processes):
+    team = torchrun(*QUICK, processes=processes)  # the last batch has 16 images
+    assert team.wait() == 0, team.stderr
+    assert_same(alone, team)
+
+
+def test_a_process_may_have_nothing_of_a_batch(torchrun):
+    flags = "--limit", 513, "--epochs", 2, "--recipe", "accurate", "--comet", "off"
+    launches = [torchrun(*flags, processes=n) for n in (0, 2)]  # the last has one image
+    for launch in launches:
+        assert launch.wait() == 0, launch.stderr
+    assert_same(*launches)
+
+
+def test_only_the_first_process_shows_and_writes(torchrun):
+    team = torchrun(*QUICK[:4], "--comet", "offline")
+    assert team.wait() == 0, team.stderr
+    for text in "TRAINING CNN MODEL", "Epoch 1/1", "Test Accuracy", "TRAINING COMPLETE":
+        assert team.stdout.count(text) == 1
+    assert len(re.findall(r"32/32 \[", team.stderr.replace("\r", "\n"))) >= 1
+    assert "Traceback" not in team.stderr
+    names = {path.name for path in team.run_dir.iterdir() if path.suffix != ".zip"}
+    pictures = {"loss_curve.png", "sample_prediction.png", "single_prediction.png"}
+    pictures |= {"predictions_grid.png", "worst_mistakes.png", "confusion_matrix.png"}
+    data = {"config.json", "metrics.json", "report.html", "model.pt", "checkpoint.pt"}
+    assert names == pictures | data
+    assert len(list(team.run_dir.glob("*.zip"))) == 1
+    config = json.loads((team.run_dir / "config.json").read_text())
+    assert config["processes"] == 2
+
+
+def test_a_study_of_several_runs(torchrun):
+    flags = [
+        "--limit",
+        "300",
+        "--epochs",
+        "1",
+        "--comet",
+        "off",
+        "--compare",
+        "--seeds",
+        "2",
+    ]
+    team = torchrun(*flags)
+    assert team.wait() == 0, team.stderr
+    assert len(team.metrics["runs"]) == 4
+    assert team.stdout.count("TRAINING COMPLETE") == 4
+
+
+def test_without_torchrun_there_is_no_team(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not main.launched() and main.name_launcher() is None
+    assert not main.dist.is_initialized()
+
+
+# ----- mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--epochs", "0"], "--epochs must be"),
+        (["--batch-size", "1"], "--batch-size must be 2 or more"),
+    ],
+)
+def test_a_mistake_is_told_once(torchrun, flags, message):
+    team = torchrun(*flags, *QUICK[4:])
+    assert team.wait() != 0
+    lines = [x for x in team.stderr.splitlines() if x.startswith("main.py:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not (team.folder / "runs").exists()
+
+
+def test_training_that_goes_wrong_is_told_once(torchrun):
+    team = torchrun(*QUICK, "--lr", "1e9")
+    assert team.wait() != 0
+    lines = [x for x in team.stderr.splitlines() if "main.py:" in x]
+    assert sum("training went wrong" in line for line in lines) == 1
+
+
+# ----- stopping, and processes that die
+
+
+LONG = ["--limit", "6000", "--epochs", "3", "--comet", "off"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """LONG without a stop, in two processes: what all that follows must end with."""
+    folder = tmp_path_factory.mktemp("whole")
+    launch = Launch(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, LONG, 2)
+    assert launch.wait() == 0, launch.stderr
+    return launch
+
+
+def assert_safe(team):
+    """Check what a stopped run has left; return the command that goes on."""
+    found = re.findall(r"(\d) of 3 epochs are safe; to go on: (.*)", team.stderr)
+    ((done, command),) = found
+    assert int(done) >= 1 and main.load_tensors(team.run_dir / "checkpoint.pt")
+    assert (team.run_dir / "metrics.json").exists()
+    assert (team.run_dir / "report.html").exists()
+    return command.split()[2:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_team_goes_on(torchrun, whole, number):
+    team = torchrun(*LONG)
+    team.wait_for("Epoch 1/3")
+    if number == signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
+        os.killpg(team.process.pid, number)
+    else:
+        os.kill(team.process.pid, number)
+    assert team.wait() != 0
+    assert (
+        sum(number.name in x for x in team.stderr.splitlines() if "main.py:" in x) == 1
+    )
+    flags = assert_safe(team)
+    again = torchrun(*flags, folder=team.folder)
+    assert again.wait() == 0, again.stderr
+    assert differ(again, whole) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_with_an_error(torchrun, rank):
+    team = torchrun(*LONG)
+    team.wait_for("Epoch 1/3")
+    start = time.monotonic()
+    os.kill(team.find(rank), signal.SIGKILL)
+    assert team.wait() != 0
+    assert time.monotonic() - start < 45
+    assert "another process is gone" in team.stderr or "SIGTERM" in team.stderr
+    if rank == 1:
+        assert_safe(team)
+    else:
+        assert main.load_tensors(team.run_dir / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_from_the_last_checkpoint(torchrun, whole, rank):
+    team = torchrun(*LONG, options=["--max-restarts=1"])
+    team.wait_for("Epoch 1/3")
+    os.kill(team.find(rank), signal.SIGKILL)
+    assert team.wait() == 0, team.stderr
+    assert team.stdout.count("Epoch 1/3") == 1  # and not trained again
+    assert team.stdout.count("TRAINING COMPLETE") == 1
+    assert differ(team, whole) < 1e-4
+
+
+# ----- two hosts
+
+
+def run_ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces, joined by a veth pair: their names, and the first's address."""
+    if not shutil.which("ip"):
+        pytest.skip("ip is missing: apt-get install iproute2")
+    names = [f"mnist{os.getpid()}{side}" for side in "ab"]
+    try:
+        if run_ip("netns", "add", names[0]) or run_ip("netns", "add", names[1]):
+            pytest.skip("network namespaces need root: ip netns add is refused")
+        ends = ["veth0", "netns", names[0], "type", "veth", "peer"]
+        assert run_ip("link", "add", *ends, "name", "veth0", "netns", names[1]) == 0
+        for number, name in enumerate(names, 1):
+            place = "-n", name
+            address = f"10.77.0.{number}/24"
+            assert run_ip(*place, "addr", "add", address, "dev", "veth0") == 0
+            assert run_ip(*place, "link", "set", "veth0", "up") == 0
+            assert run_ip(*place, "link", "set", "lo", "up") == 0
+        yield names, "10.77.0.1"
+    finally:
+        for name in names:
+            run_ip("netns", "delete", name)
+
+
+def test_two_hosts_with_two_processes_each(tmp_path, environment, hosts, alone):
+    names, address = hosts
+    launches = []
+    for number, name in enumerate(names):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = ["--nnodes=2", f"--node-rank={number}", f"--master-addr={address}"]
+        options += ["--master-port=29511"]
+        prefix = "ip", "netns", "exec", name
+        over_the_wire = environment | {"GLOO_SOCKET_IFNAME": "veth0"}
+        launch = Launch(folder, over_the_wire, QUICK, 2, options, prefix)
+        launches.append(launch)
+    try:
+        assert [launch.wait() for launch in launches] == [0, 0], launches[0].stderr
+    finally:
+        for launch in launches:
+            launch.end()
+    assert not (launches[1].folder / "runs").exists()  # only the first one writes
+    assert_same(alone, launches[0])
