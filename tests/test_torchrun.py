@@ -177,10 +177,13 @@ def test_any_number_of_processes_trains_the_same_weights(torchrun, alone, proces
 
 def test_a_process_may_have_nothing_of_a_batch(torchrun):
     flags = "--limit", 513, "--epochs", 2, "--recipe", "accurate", "--comet", "off"
-    launches = [torchrun(*flags, processes=n) for n in (0, 2)]  # the last has one image
-    for launch in launches:
-        assert launch.wait() == 0, launch.stderr
-    assert_same(*launches)
+    launches = []
+    for processes in (0, 2, 2):  # the last batch has one image
+        launches.append(torchrun(*flags, processes=processes))
+        assert launches[-1].wait() == 0, launches[-1].stderr
+    alone, team, again = launches
+    assert_same(alone, team)
+    assert differ(team, again) == 0  # the same augmentation, to the last bit
 
 
 def test_only_the_first_process_shows_and_writes(torchrun):
