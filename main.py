@@ -1443,7 +1443,7 @@ def read_photo(path):
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         problem = f"has over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or error!r:.200}"
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error!s:.200}"
     raise InputError(f"{path} {problem}")
 
 
