@@ -193,6 +193,7 @@ def refuse(message):
 
 def report(error):
     """Print an error as one line on standard error; return the exit status."""
+    # With torchrun, all processes find the same mistake: one of each machine says it.
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, InputError):
         print("main.py:", " ".join(str(error).split()), file=sys.stderr)
     return getattr(error, "status", 1)

@@ -115,6 +115,13 @@ def torchrun(tmp_path, environment):
         one.end()
 
 
+def complete(folder, flags, processes):
+    """Return a launch that has come to its end."""
+    launch = Launch(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, flags, processes)
+    assert launch.wait() == 0, launch.stderr
+    return launch
+
+
 def differ(one, other):
     """Return the largest difference of a weight between two launches."""
     one, other = one.weights, other.weights
@@ -147,10 +154,7 @@ def test_each_image_once_in_its_batch(size, count, batch_size):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """QUICK in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    launch = Launch(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, QUICK, 0)
-    assert launch.wait() == 0, launch.stderr
-    return launch
+    return complete(tmp_path_factory.mktemp("alone"), QUICK, 0)
 
 
 def assert_same(one, other):
@@ -261,10 +265,7 @@ LONG = ["--limit", "6000", "--epochs", "3", "--comet", "off"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """LONG without a stop, in two processes: what all that follows must end with."""
-    folder = tmp_path_factory.mktemp("whole")
-    launch = Launch(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, LONG, 2)
-    assert launch.wait() == 0, launch.stderr
-    return launch
+    return complete(tmp_path_factory.mktemp("whole"), LONG, 2)
 
 
 def assert_safe(team):
