@@ -15,6 +15,7 @@ import argparse
 import base64
 import contextlib
 import ctypes
+import gc
 import io
 import json
 import math
@@ -208,6 +209,7 @@ def handle_signals(handler):
 if __name__ == "__main__":
     handle_signals(lambda number, frame: os._exit(128 + number))  # nothing to save yet
     sys.modules["triton"] = None  # spare us 70 MB and 0.4 s for a compiler we don't use
+    gc.disable()  # until collect_garbage: it takes a third of the imports' time
     try:
         SETTINGS = read_settings(sys.argv[1:])
     except InputError as error:
@@ -1002,6 +1004,13 @@ def select_device(name="auto"):
     return torch.device(name)
 
 
+def collect_garbage():
+    """Let Python collect garbage from now on, but never in what was imported by now."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def keep_freed_memory():
     """Have glibc keep freed memory: to fault it in again takes a third of every step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc, no need
@@ -1143,6 +1152,7 @@ class Run:
         if team:
             loss_function = team.make_loss(smoothing)
             on_step = lambda loss: monitor.step(team.add_loss(loss))
+        collect_garbage()
         keep_freed_memory()
         for epoch in range(len(self.progress["train_loss"]) + 1, epochs + 1):
             start = time.perf_counter()
@@ -1586,6 +1596,7 @@ def draw_readings(names, digits, probabilities, answers):
 @torch.no_grad()
 def predict_photos(settings):
     """Read the image files of --predict; return the exit status."""
+    collect_garbage()
     predictor, path = load_predictor(settings["checkpoint"] or settings["output_dir"])
     print(f"Model: {path}")
     status, names, digits, remarks = 0, [], [], []
