@@ -5,6 +5,7 @@
 that a process has: its own signals, exit status, standard output and files.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -27,8 +28,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
 
 
-def _child(arguments, folder, out, environment):
-    """Be `python main.py ARGUMENTS`, in a process that has imported main already."""
+def pytest_collection_finish():
+    gc.freeze()  # as main.py does: nothing that is imported by now is garbage
+
+
+def become(folder, out, environment):
+    """Have all that a process of its own has."""
     os.setsid()  # signals for the test's own terminal are not for us
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(out / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
@@ -36,6 +41,11 @@ def _child(arguments, folder, out, environment):
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _child(arguments, folder, out, environment):
+    """Be `python main.py ARGUMENTS`, in a process that has imported main already."""
+    become(folder, out, environment)
     import main
 
     try:
@@ -48,14 +58,14 @@ def _child(arguments, folder, out, environment):
 class Run:
     """A running or finished process of main.py."""
 
-    def __init__(self, arguments, folder, environment):
+    def __init__(self, arguments, folder, environment, target=_child):
         self.folder = folder
         self.out = folder / f"console-{time.monotonic_ns()}"
         self.out.mkdir(parents=True)
         for name in ("out", "err"):
             (self.out / name).touch()
         self.process = FORKS.Process(
-            target=_child, args=(arguments, folder, self.out, environment)
+            target=target, args=(arguments, folder, self.out, environment)
         )
         self.process.start()
 

@@ -12,50 +12,40 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
+from torch.distributed import run as launcher
 
 import main
 
 QUICK = ["--limit", "2000", "--epochs", "1", "--comet", "off"]
-TORCHRUN = sys.executable, "-m", "torch.distributed.run"
 
 
-class Launch:
+def be_torchrun(arguments, folder, out, environment):
+    """Be `torchrun ARGUMENTS`, in a process that has imported it already."""
+    conftest.become(folder, out, environment)
+    launcher.main(arguments)
+
+
+def be_command(arguments, folder, out, environment):
+    """Be the command that the arguments are."""
+    conftest.become(folder, out, environment)
+    os.execvp(arguments[0], arguments)
+
+
+class Launch(conftest.Run):
     """torchrun with main.py, and its processes."""
 
     def __init__(self, folder, environment, flags, processes, options=(), prefix=()):
-        self.folder = folder
+        flags, target = list(map(str, flags)), conftest._child
         if processes:
-            launcher = [*TORCHRUN, f"--nproc-per-node={processes}", *options]
-            if "--nnodes=2" not in options:
-                launcher.append("--standalone")
-        else:
-            launcher = [sys.executable]
-        self.out, self.err = folder / "out", folder / "err"
-        with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(
-                [*prefix, *launcher, main.__file__, *map(str, flags)],
-                cwd=folder,
-                env=environment,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-
-    def wait(self, seconds=120):
-        """Wait for the end; return the exit status."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"hangs\n{self.stdout}\n{self.stderr}")
-
-    def wait_for(self, text, seconds=120):
-        """Wait until the text is on standard output."""
-        end = time.monotonic() + seconds
-        while text not in self.stdout:
-            assert self.process.poll() is None and time.monotonic() < end, self.stderr
-            time.sleep(0.02)
+            options = [f"--nproc-per-node={processes}", *options]
+            flags, target = [*options, main.__file__, *flags], be_torchrun
+        if prefix:
+            torchrun = sys.executable, "-m", "torch.distributed.run"
+            flags, target = [*prefix, *torchrun, *flags], be_command
+        super().__init__(flags, folder, environment, target)
 
     def find(self, rank):
         """Return the process number of a rank."""
@@ -75,24 +65,11 @@ class Launch:
     def end(self):
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    @property
-    def stdout(self):
-        return self.out.read_text()
-
-    @property
-    def stderr(self):
-        return self.err.read_text()
-
-    @property
-    def run_dir(self):
-        (run_dir,) = (self.folder / "runs").iterdir()
-        return run_dir
+        self.process.join()
 
     @property
     def metrics(self):
-        return json.loads((self.run_dir / "metrics.json").read_text())
+        return self.json("metrics.json")
 
     @property
     def weights(self):
@@ -107,6 +84,7 @@ def torchrun(tmp_path, environment):
     def launch(*flags, processes=2, options=(), folder=None):
         folder = folder or tmp_path / f"launch{len(launches)}"
         folder.mkdir(exist_ok=True)
+        options = "--standalone", *options
         launches.append(Launch(folder, environment, flags, processes, options))
         return launches[-1]
 
@@ -117,7 +95,8 @@ def torchrun(tmp_path, environment):
 
 def complete(folder, flags, processes):
     """Return a launch that has come to its end."""
-    launch = Launch(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, flags, processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = Launch(folder, environment, flags, processes, ["--standalone"])
     assert launch.wait() == 0, launch.stderr
     return launch
 
@@ -281,7 +260,7 @@ def assert_safe(team):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_team_goes_on(torchrun, whole, number):
     team = torchrun(*LONG)
-    team.wait_for("Epoch 1/3")
+    team.wait_for(lambda: "Epoch 1/3" in team.stdout)
     if number == signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
         os.killpg(team.process.pid, number)
     else:
@@ -299,7 +278,7 @@ def test_a_stopped_team_goes_on(torchrun, whole, number):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_others_with_an_error(torchrun, rank):
     team = torchrun(*LONG)
-    team.wait_for("Epoch 1/3")
+    team.wait_for(lambda: "Epoch 1/3" in team.stdout)
     start = time.monotonic()
     os.kill(team.find(rank), signal.SIGKILL)
     assert team.wait() != 0
@@ -314,7 +293,7 @@ def test_a_killed_process_ends_the_others_with_an_error(torchrun, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_restarts_from_the_last_checkpoint(torchrun, whole, rank):
     team = torchrun(*LONG, options=["--max-restarts=1"])
-    team.wait_for("Epoch 1/3")
+    team.wait_for(lambda: "Epoch 1/3" in team.stdout)
     os.kill(team.find(rank), signal.SIGKILL)
     assert team.wait() == 0, team.stderr
     assert team.stdout.count("Epoch 1/3") == 1  # and not trained again
