@@ -37,6 +37,7 @@ import zipfile
 from datetime import timedelta
 from http.client import HTTPException
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
 # ===== Settings =======================================================================
@@ -517,17 +518,19 @@ class Monitor:
         """Show every step so far. Raises FloatingPointError if a loss is not finite."""
         values = torch.stack(self.waiting).tolist() if self.waiting else []
         self.waiting.clear()
-        for value in values:
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{WENT_WRONG} the loss is {value}")
+        finite = list(takewhile(math.isfinite, values))
+        for value in finite:
             self.losses.append(value)
             self.smoothed.append(value)
-        smoothed, step = self.smoothed.get(), len(self.losses)
-        self.bar.set_postfix(loss=f"{smoothed[-1]:.4f}", refresh=False)
-        self.bar.update(len(values))
-        self.tracker.log_losses(values, step)
-        if png := self.plotter.plot(smoothed):
-            self.tracker.log("log_image", png, name="loss_curve", step=step)
+        if finite:
+            smoothed, step = self.smoothed.get(), len(self.losses)
+            self.bar.set_postfix(loss=f"{smoothed[-1]:.4f}", refresh=False)
+            self.bar.update(len(finite))
+            self.tracker.log_losses(finite, step)
+            if png := self.plotter.plot(smoothed):
+                self.tracker.log("log_image", png, name="loss_curve", step=step)
+        if len(finite) < len(values):
+            raise FloatingPointError(f"{WENT_WRONG} the loss is {values[len(finite)]}")
         self.shown = time.monotonic()
 
 
