@@ -101,7 +101,7 @@ def draw(page, strokes):
         page.mouse.move(box["x"] + x, box["y"] + y)
         page.mouse.down()
         for x, y in points:
-            page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+            page.mouse.move(box["x"] + x, box["y"] + y, steps=2)
         page.mouse.up()
     settle(page)
 

@@ -95,7 +95,8 @@ def torchrun(tmp_path, environment):
 
 def complete(folder, flags, processes):
     """Return a launch that has come to its end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
+    environment["OMP_NUM_THREADS"] = "1"
     launch = Launch(folder, environment, flags, processes, ["--standalone"])
     assert launch.wait() == 0, launch.stderr
     return launch
@@ -151,9 +152,19 @@ def assert_same(one, other):
     assert rows.sum() == 10_000 and torch.equal(rows, others)  # every test image, once
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_trains_the_same_weights(torchrun, alone, processes):
-    team = torchrun(*QUICK, processes=processes)  # the last batch has 16 images
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """QUICK in two processes, tracked offline."""
+    flags = [*QUICK[:4], "--comet", "offline"]
+    return complete(tmp_path_factory.mktemp("pair"), flags, 2)
+
+
+def test_two_processes_train_the_same_weights(alone, pair):
+    assert_same(alone, pair)
+
+
+def test_four_processes_train_the_same_weights(torchrun, alone):
+    team = torchrun(*QUICK, processes=4)  # the last batch has 16 images
     assert team.wait() == 0, team.stderr
     assert_same(alone, team)
 
@@ -169,20 +180,18 @@ def test_a_process_may_have_nothing_of_a_batch(torchrun):
     assert differ(team, again) == 0  # the same augmentation, to the last bit
 
 
-def test_only_the_first_process_shows_and_writes(torchrun):
-    team = torchrun(*QUICK[:4], "--comet", "offline")
-    assert team.wait() == 0, team.stderr
+def test_only_the_first_process_shows_and_writes(pair):
     for text in "TRAINING CNN MODEL", "Epoch 1/1", "Test Accuracy", "TRAINING COMPLETE":
-        assert team.stdout.count(text) == 1
-    assert len(re.findall(r"32/32 \[", team.stderr.replace("\r", "\n"))) >= 1
-    assert "Traceback" not in team.stderr
-    names = {path.name for path in team.run_dir.iterdir() if path.suffix != ".zip"}
+        assert pair.stdout.count(text) == 1
+    assert len(re.findall(r"32/32 \[", pair.stderr.replace("\r", "\n"))) >= 1
+    assert "Traceback" not in pair.stderr
+    names = {path.name for path in pair.run_dir.iterdir() if path.suffix != ".zip"}
     pictures = {"loss_curve.png", "sample_prediction.png", "single_prediction.png"}
     pictures |= {"predictions_grid.png", "worst_mistakes.png", "confusion_matrix.png"}
     data = {"config.json", "metrics.json", "report.html", "model.pt", "checkpoint.pt"}
     assert names == pictures | data
-    assert len(list(team.run_dir.glob("*.zip"))) == 1
-    config = json.loads((team.run_dir / "config.json").read_text())
+    assert len(list(pair.run_dir.glob("*.zip"))) == 1
+    config = json.loads((pair.run_dir / "config.json").read_text())
     assert config["processes"] == 2
 
 
