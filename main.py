@@ -1129,6 +1129,9 @@ class Run:
             expected, state = self.optimizer.state_dict(), saved["optimizer"]
             if get_shapes(state) != get_shapes(expected["state"] if epochs else {}):
                 raise ValueError("it has another optimizer")
+            steps = [values["step"] for values in state.values() if "step" in values]
+            if not all(0 < step <= epochs * self.steps for step in steps):  # of Adam
+                raise ValueError("its optimizer has taken other steps")
             for name, values in numbers.items():
                 self.progress[name] = [float(value) for value in values]
             self.model.load_state_dict(saved["model"])
@@ -1337,9 +1340,10 @@ def make_run_folder(settings, name):
 
 
 def get_shapes(state):
-    """Return the names and shapes of what the state of an optimizer holds."""
+    """Return the names, shapes and types of what the state of an optimizer holds."""
     named = [(i, name, value) for i in state for name, value in state[i].items()]
-    return [(i, name, getattr(value, "shape", None)) for i, name, value in named]
+    kinds = "shape", "dtype"
+    return [(i, name, *(getattr(v, k, None) for k in kinds)) for i, name, v in named]
 
 
 def end_early():

@@ -494,10 +494,23 @@ def test_a_checkpoint_of_another_model_is_refused(refusal, runs, key):
     [
         change("optimizer", to={0: {"step": torch.tensor(1.0)}}),
         change("optimizer", 0, "exp_avg", to=torch.zeros(1)),
+        change("optimizer", 0, "step", to=torch.tensor(-1.0)),
+        change("optimizer", 0, "step", to=torch.tensor(float("nan"))),
+        change("optimizer", 0, "step", to=torch.tensor(1e9)),
+        change("optimizer", 0, "step", to=torch.tensor(255, dtype=torch.uint8)),
         without("optimizer", 3),
         without("optimizer", 0, "exp_avg"),
     ],
-    ids=["only steps", "other sizes", "a parameter less", "an average less"],
+    ids=[
+        "only steps",
+        "other sizes",
+        "steps below 0",
+        "steps that are no number",
+        "too many steps",
+        "steps as bytes",
+        "a parameter less",
+        "an average less",
+    ],
 )
 def test_an_adam_that_lacks_its_state_is_refused(refusal, broken):
     refusal(broken, ("fc", "adam"))
