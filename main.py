@@ -1113,9 +1113,10 @@ class Run:
             raise InputError(f"{path} is missing: nothing was trained; start a new run")
         saved = load_tensors(path)
         try:
-            kept = [name for name in FLAGS if name not in RESUMABLE]
-            if any(saved["settings"][name] != self.settings[name] for name in kept):
-                raise ValueError("config.json has other settings")
+            for name in FLAGS.keys() - RESUMABLE:
+                one, other = saved["settings"][name], self.settings[name]
+                if type(one) is not type(other) or one != other:
+                    raise ValueError("config.json has other settings")
             numbers = {name: saved["progress"][name] for name in self.progress}
             epochs, *lengths = (len(values) for values in numbers.values())
             tensors = any(map(torch.is_tensor, numbers.values()))  # they may be huge
@@ -1127,7 +1128,8 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter)  # so that this step shows
             self.optimizer.step()  # what state to expect, and no more
             expected, state = self.optimizer.state_dict(), saved["optimizer"]
-            if get_shapes(state) != get_shapes(expected["state"] if epochs else {}):
+            known = get_shapes(expected["state"] if epochs else {})
+            if not isinstance(state, dict) or get_shapes(state) != known:
                 raise ValueError("it has another optimizer")
             steps = [values["step"] for values in state.values() if "step" in values]
             if not all(0 < step <= epochs * self.steps for step in steps):  # of Adam

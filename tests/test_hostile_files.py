@@ -395,9 +395,11 @@ def endless_progress(path):
         change("comet_key", to="0" * 50_000_000),
         change("settings", to=nested(8)),
         change("settings", "lr", to=nested(8)),
+        change("settings", "lr", to=endless(torch.float32, 1_500_000_000)),
         change("model", to=nested(8)),
         change("model", "fc1.weight", to=endless()),
         change("optimizer", to={0: {"momentum_buffer": endless()}}),
+        change("optimizer", to=endless()),
     ],
     ids=[
         "zip bomb",
@@ -412,9 +414,11 @@ def endless_progress(path):
         "long key",
         "nested settings",
         "nested lr",
+        "endless lr",
         "nested model",
         "endless weights",
         "endless optimizer",
+        "a tensor for the optimizer",
     ],
 )
 def test_a_bomb_is_refused_in_little_memory(resume, usual_peak, bomb):
