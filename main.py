@@ -574,8 +574,8 @@ def draw_digits(images, probabilities, labels, rows, columns, title=""):
     width, height = across * columns, down * rows + top - 6
     figure = Figure(figsize=(width / 14, height / 14))
     axes = figure.add_axes((0, 0, 1, 1))
-    for number, digit in enumerate(zip(images, probabilities, labels)):
-        row, column = divmod(number, columns)
+    cells = np.ndindex(rows, columns)
+    for (row, column), *digit in zip(cells, images, probabilities, labels):
         show_digit(axes, *digit, across * column, down * row)
     axes.set(xlim=(-1.5, width - 1.5), ylim=(height - top, -top))
     axes.text(width / 2 - 1.5, 1 - top, title, ha="center", va="top", fontsize=12)

@@ -152,7 +152,8 @@ def test_the_sample_has_prediction_and_true_label(digits, wrong):
     numbers = re.findall(r"[\d.]+", axes.texts[0].get_text())
     assert numbers[0] == str(table[0].argmax())
     assert numbers[-1] == str(labels[0])
-    assert np.array_equal(axes.images[0].get_array(), images[0])
+    (shown,) = axes.images
+    assert np.array_equal(shown.get_array(), images[0])
 
 
 def test_the_detail_has_the_digit_beside_a_bar_for_each_probability(digits):
