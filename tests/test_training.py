@@ -1,6 +1,7 @@
 """Training and evaluation, compared with the plain form of both; the seed."""
 
 import copy
+import gc
 import signal
 from collections import Counter
 
@@ -347,3 +348,16 @@ def test_the_seed_decides_the_result(spawn, tmp_path):
     assert all(
         metrics["one"][name] != metrics["other"][name] for name in metrics["one"]
     )
+
+
+def test_training_collects_garbage_again(tmp_path):
+    """main.py, when it is run, switches it off for the imports: a long run needs it."""
+    settings = main.read_settings(["--limit=64", "--epochs=1", "--comet=off"])
+    gc.disable()
+    try:
+        run = main.Run(settings, tmp_path)
+        tracker = main.Tracker("off", tmp_path)
+        run.train(main.Monitor(run.progress["losses"], tmp_path / "c.png", tracker))
+        assert gc.isenabled()
+    finally:
+        gc.enable()
