@@ -289,12 +289,20 @@ def test_the_losses_are_read_now_and_then(shown):
     assert events[:end].count(False) < 67 / 2
 
 
-def test_images_and_labels_stay_together(mnist):
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (64, [64, 64, 64, 8]),
+        (6, [6] * 33 + [2]),  # more batches than are prepared at once
+        ([5, 0] * 20 + [100], [5, 0] * 20 + [100]),  # as torchrun's processes may have
+    ],
+)
+def test_images_and_labels_stay_together(mnist, size, expected):
     images, labels = mnist[0][:200], mnist[1][:200]
     order = torch.randperm(200)
     model = main.CNN()
-    batches = list(main.make_batches(images, labels, 64, order, model))
-    assert [len(y) for _, y in batches] == [64, 64, 64, 8]
+    batches = list(main.make_batches(images, labels, size, order, model))
+    assert [(len(x), len(y)) for x, y in batches] == [(n, n) for n in expected]
     prepared = main.prepare(images[order], model)
     assert torch.equal(torch.cat([x for x, _ in batches]), prepared)
     assert torch.equal(torch.cat([y for _, y in batches]), labels[order])
