@@ -170,7 +170,7 @@ def test_four_processes_train_the_same_weights(torchrun, alone):
 
 
 def test_a_process_may_have_nothing_of_a_batch(torchrun):
-    flags = ["--limit", 513, "--epochs", 2, "--comet", "off"]
+    flags = ["--limit", 513, "--epochs", 1, "--comet", "off"]
     flags += ["--recipe", "accurate", "--model", "fc"]
     launches = []
     for processes in (0, 2, 2):  # the last batch has one image
@@ -197,21 +197,11 @@ def test_only_the_first_process_shows_and_writes(pair):
 
 
 def test_a_study_of_several_runs(torchrun):
-    flags = [
-        "--limit",
-        "300",
-        "--epochs",
-        "1",
-        "--comet",
-        "off",
-        "--compare",
-        "--seeds",
-        "2",
-    ]
+    flags = ["--limit", "300", "--epochs", "1", "--comet", "off", "--compare"]
     team = torchrun(*flags)
     assert team.wait() == 0, team.stderr
-    assert len(team.metrics["runs"]) == 4
-    assert team.stdout.count("TRAINING COMPLETE") == 4
+    assert len(team.metrics["runs"]) == 2
+    assert team.stdout.count("TRAINING COMPLETE") == 2
 
 
 def test_without_torchrun_there_is_no_team(monkeypatch):
