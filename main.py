@@ -768,7 +768,7 @@ class Tracker:
         self.folder, self.key, self.resumed = folder, key or uuid.uuid4().hex, bool(key)
         self.record = []  # (milliseconds since 1970, method of an experiment, arguments)
         self.comet = self.outbox = self.url = self.trouble = None
-        self.under_way, self.given_up = set(), False
+        self.under_way = set()
         self.state = mode if mode == "off" else "offline"
         if mode == "off":
             return
@@ -823,7 +823,7 @@ class Tracker:
             if self.finished.wait(10) and self.url and not self.trouble:  # seconds
                 return self.url
             # Some of it may be there: the archive becomes an experiment of its own.
-            self.given_up, self.resumed, self.key = True, False, uuid.uuid4().hex
+            self.resumed, self.key = False, uuid.uuid4().hex
         messages, path = self.comet.messages, self.folder / f"{self.key}.zip"
         self.comet.config.set_global_experiment(None)  # forget one that hangs
         with tempfile.TemporaryDirectory(prefix="comet-") as scratch:
@@ -1368,8 +1368,7 @@ def run_once(settings, folder, study, team=None):
     """Train, evaluate, show and track once, into `folder`: a new one, or one to resume.
 
     `study`: the folder of all runs, which is `folder` if there is one only; `team`: None,
-    or that of the first process. Return the exit status, a row for the table of runs, and
-    whether threads of Comet hang.
+    or that of the first process. Return the exit status and a row for the table of runs.
     """
     uploaded, status, begun, kept, row = None, 0, False, False, {}
     try:
@@ -1431,7 +1430,7 @@ def run_once(settings, folder, study, team=None):
             command = f"python main.py --resume {shlex.quote(str(study))}"
             safe = f"{done} of {settings['epochs']} epochs are safe"
             print(f"{safe}; to go on: {command}", file=sys.stderr)
-    return status, row, begun and tracker.given_up
+    return status, row
 
 
 # ===== Your own digits ================================================================
@@ -1754,7 +1753,7 @@ def main(settings):
         one = {"seeds": 1, "resume": None}
         all_ = [settings | one | {"model": model, "seed": seed} for model, seed in runs]
         return 0 if settings["predict"] else assist(all_)
-    status, hanging, rows = 0, False, []
+    status, rows = 0, []
     try:
         if settings["predict"]:
             return predict_photos(settings)
@@ -1775,8 +1774,7 @@ def main(settings):
                 one["resume"] = folder if (folder / "checkpoint.pt").exists() else None
                 folder.mkdir(exist_ok=True)
                 print(f"Run {len(rows) + 1} of {len(runs)}: {model}, seed {seed}")
-            status, row, hangs = run_once(one, folder, study, team)
-            hanging |= hangs
+            status, row = run_once(one, folder, study, team)
             rows.append(row)
             if status:
                 break
@@ -1786,11 +1784,10 @@ def main(settings):
             dist.destroy_process_group()
     except (UserError, OSError) as error:
         status = report(error)
-    if hanging:
-        sys.stdout.flush()
-        os._exit(status)  # without waiting for threads of Comet that hang
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(SETTINGS))
+    # At once: not after threads of Comet that hang, nor after 0.3 s and 70 MB for an
+    # orderly end of all the libraries. All that was printed or written is out by now.
+    os._exit(main(SETTINGS))

@@ -52,7 +52,7 @@ def _child(arguments, folder, out, environment):
         settings = main.read_settings(arguments)
     except main.UserError as error:
         sys.exit(main.report(error))
-    sys.exit(main.main(settings))
+    os._exit(main.main(settings))  # as main.py does
 
 
 class Run:
