@@ -292,12 +292,17 @@ def processes(tmp_path_factory):
     text, found = re.subn("(?m)^COMET_API_KEY = .*$", constant, text)
     assert found == 1
     (folders["constant"] / "main.py").write_text(text, encoding="utf-8")
-    probe = (
-        "import atexit, json, runpy, sys\n"
-        "atexit.register(lambda: print(json.dumps(sorted(sys.modules))))\n"
-        "sys.argv.pop(0)\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
+    probe = """
+import json, os, runpy, sys
+
+def tell(status, end=os._exit):
+    print(json.dumps(sorted(sys.modules)), flush=True)
+    end(status)
+
+os._exit = tell
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
     commands = {
         "file": [SCRIPT, *flags, "--comet=online"],
         "constant": ["main.py", *flags, "--comet=online"],
