@@ -198,6 +198,8 @@ def report(error):
     # With torchrun, all processes find the same mistake: one of each machine says it.
     if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, InputError):
         print("main.py:", " ".join(str(error).split()), file=sys.stderr)
+    else:
+        time.sleep(5)  # torchrun ends all as soon as one ends: let that one speak first
     return getattr(error, "status", 1)
 
 
