@@ -228,6 +228,29 @@ def test_a_mistake_is_told_once(torchrun, flags, message):
     assert not (team.folder / "runs").exists()
 
 
+def test_the_first_process_may_find_a_mistake_last(tmp_path, environment):
+    late = tmp_path / "late.py"
+    late.write_text(f"""
+import os, runpy, sys, time
+if os.environ["LOCAL_RANK"] == "0":
+    time.sleep(1)
+sys.argv = [{main.__file__!r}, "--epochs", "0"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone"
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", late],
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode
+    assert done.stderr.count("main.py: --epochs must be") == 1
+
+
 def test_training_that_goes_wrong_is_told_once(torchrun):
     team = torchrun(*QUICK, "--lr", "1e9")
     assert team.wait() != 0
