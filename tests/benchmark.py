@@ -122,6 +122,44 @@ def measure_matrix_rate():
     return {"rate": rate, "threads": torch.get_num_threads(), "versions": versions}
 
 
+def time_operations():
+    """Return the seconds of each operation of one step of ours, were it alone.
+
+    Each is repeated at once, on the same tensors, still in the processor's caches, and
+    without Python, autograd or another operation between: no step made of them is faster.
+    """
+    main = import_main()
+    main.keep_freed_memory()
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Repeat(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seconds = {}
+
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            result, seconds = operation(*arguments, **(named or {})), []
+            for _ in range(100):
+                start = time.perf_counter()
+                operation(*arguments, **(named or {}))
+                seconds.append(time.perf_counter() - start)
+            name = operation.overloadpacket.__name__
+            self.seconds.setdefault(name, []).append(statistics.median(seconds))
+            return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--limit=64", "--epochs=1", "--device=cpu"]
+        run = main.Run(main.read_settings(flags), Path(folder))
+        batches = list(run.make_epoch(1))
+        task = run.trained, batches, torch.nn.CrossEntropyLoss(), run.optimizer
+        main.train_epoch(*task, lambda loss: None)
+        with Repeat() as repeat:
+            main.train_epoch(*task, lambda loss: None)
+    seconds = {name: sum(each) for name, each in repeat.seconds.items()}
+    return {"seconds": seconds, "rate": measure_matrix_rate()["rate"]}
+
+
 def time_parts():
     """Run the default job, tracked offline; return where its seconds go."""
     start = time.perf_counter()
@@ -190,6 +228,7 @@ def main():
             "usual": train_usually,
             "ours": train_ours,
             "rate": measure_matrix_rate,
+            "operations": time_operations,
             "parts": time_parts,
         }
         result = tasks[task](*map(int, numbers))
@@ -228,6 +267,18 @@ def main():
     ratios = [a["seconds"][0] / b["seconds"][0] for a, b in zip(usual, ours)]
     print("times the usual speed, pair by pair:", describe(ratios))
 
+    print("\none step of 64 images, every operation alone: no step of them is faster")
+    operations = [run_child("operations") for _ in range(arguments.rounds)]
+    for run in operations:
+        seconds, flop = sum(run["seconds"].values()), 64 * FLOP_PER_IMAGE
+        run["seconds"]["all"], run["share"] = seconds, flop / seconds / run["rate"]
+    slowest = sorted(operations[0]["seconds"].items(), key=lambda item: -item[1])
+    for name, _ in slowest[:8]:
+        each = [1e3 * run["seconds"][name] for run in operations]
+        print(f"{name:34} {describe(each)} ms")
+    shares = describe([100 * run["share"] for run in operations])
+    print(f"{'share of the matrix rate (%)':34} {shares}")
+
     print("\nimages    seconds an epoch    microseconds an image")
     growth = {}
     for limit in (7_500, 15_000, 30_000, 60_000):
@@ -253,7 +304,8 @@ def main():
 
     if arguments.json:
         everything = {"matrix_rate": rates, "usual": usual, "ours": ours}
-        everything |= {"growth": growth, "job": {"usual": job_usual, "ours": job_ours}}
+        everything |= {"operations": operations, "growth": growth}
+        everything |= {"job": {"usual": job_usual, "ours": job_ours}}
         Path(arguments.json).write_text(json.dumps(everything, indent=2) + "\n")
 
 
