@@ -855,9 +855,10 @@ class Tracker:
         """Call the method of the experiment that an event names."""
         if method == "log_image":
             arguments = [io.BytesIO(*arguments)]
-        if "step" in named:  # as an argument it would become a parameter too, each time
-            experiment.curr_step = named["step"]
-            named = {name: named[name] for name in named if name != "step"}
+        named = dict(named)
+        for name in named.keys() & {"step", "epoch"}:
+            # As an argument it would be logged as a parameter too, time and again.
+            setattr(experiment, f"curr_{name}", named.pop(name))
         getattr(experiment, method)(*arguments, **named)
 
     def send(self, api_key):

@@ -85,11 +85,6 @@ class FakeComet:
         found = (m for m in self.metrics if m["metricName"] == name)
         return [(m.get("step"), float(m["metricValue"])) for m in found]
 
-    def param(self, name):
-        """Return the last value of a parameter: text."""
-        found = (p for p in self.params if p["parameterName"] == name)
-        return [p["parameterValue"] for p in found][-1]
-
     @property
     def images(self):
         """Return [(name, step, data), ...] as received."""

@@ -71,9 +71,11 @@ def read_pictures(run):
 # ----- offline
 
 
-def test_offline_all_settings_are_parameters(offline):
+def test_offline_the_settings_are_the_parameters(offline):
+    """Comet itself adds the step of each picture."""
     settings = offline.run.json("config.json")["settings"]
     assert settings.items() <= offline.archive.params.items()
+    assert offline.archive.params.keys() - settings.keys() == {"curr_step"}
     assert settings["batch_size"] == 32
 
 
@@ -194,9 +196,13 @@ def test_offline_asks_no_server_even_with_a_key(spawn):
 # ----- online
 
 
-def test_online_all_settings_are_parameters(online):
-    for name, value in online.run.json("config.json")["settings"].items():
-        assert str(online.server.param(name)) == str(value)
+def test_online_the_settings_are_the_parameters(online):
+    settings = online.run.json("config.json")["settings"]
+    sent = online.server.params
+    found = {p["parameterName"]: str(p["parameterValue"]) for p in sent}
+    del found["curr_step"]  # which Comet itself adds, with each picture
+    assert found == {name: str(value) for name, value in settings.items()}
+    assert len(sent) < len(settings) + len(online.server.metrics)  # with no metric
 
 
 def test_online_the_losses_are_right_and_the_last_step_is_in(online):
