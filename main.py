@@ -239,7 +239,7 @@ class CNN(nn.Module):
 
     # Two 3x3 convolutions and two 2x2 poolings never look at the last two rows and columns
     # of 28x28 (28 > 26 > 13 > 11 > 5, and 26 > 24 > 12 > 10 > 5): we need not feed them.
-    seen = 26
+    seen = 26  # edit the layers as you like: check_layers takes 28 if they need it
 
     def __init__(self):
         super().__init__()
@@ -281,6 +281,29 @@ class FullyConnectedModel(nn.Module):
 
 
 MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
+
+
+@torch.no_grad()
+def check_layers(model):
+    """Return the model, ready to look at all 28x28 pixels if edited layers need them.
+
+    Raises InputError if the layers do not fit each other.
+    """
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    wrong = f"{type(model).__name__} makes no 10 logits of an image of 28x28 pixels"
+    try:
+        logits = model.eval()(images)
+    except RuntimeError as error:
+        raise InputError(f"{wrong}: do its layers fit? {error}") from None
+    if logits.shape != (2, 10):
+        raise InputError(f"{wrong}, but {tuple(logits.shape[1:])}")
+    try:
+        part = model(images[..., : model.seen, : model.seen])
+        same = torch.allclose(part, logits, atol=1e-4)
+    except RuntimeError:
+        same = False
+    model.seen = model.seen if same else 28
+    return model
 
 
 # ===== Data ===========================================================================
@@ -481,9 +504,14 @@ class PeriodicPlotter:
         self.axes.grid(which="both", alpha=0.3)
         y = self.axes.yaxis
         y.set_major_formatter("{x:g}")
-        y.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+        y.set_minor_formatter(self.label)
         (self.curve,) = self.axes.plot([], [], color=BLUE, linewidth=1.2)
         self.drawn = time.monotonic()
+
+    def label(self, value, _):
+        """Return the label of a minor tick: of all, if they span less than a decade."""
+        low, high = self.axes.get_ylim()
+        return f"{value:g}" if high < 10 * low or f"{value:e}"[0] in "25" else ""
 
     def plot(self, data):
         """Draw if it is time: return the picture (PNG, bytes), else None."""
@@ -723,7 +751,7 @@ def load_tensors(path):
     plain tensors, not compressed, keeps it from taking more memory than its size.
     """
     allowed = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-    allowed |= {f"torch {kind}Storage" for kind in ("Float", "Byte")}
+    allowed |= {f"torch {kind}Storage" for kind in ("Float", "Byte", "Long")}
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -1055,7 +1083,7 @@ class Run:
         images, labels, *test = load_mnist(settings["data_dir"])
         self.test_images, self.test_labels = (tensor.to(self.device) for tensor in test)
         torch.manual_seed(settings["seed"])
-        self.model = MODELS[settings["model"]]()
+        self.model = check_layers(MODELS[settings["model"]]())
         self.accurate = settings["recipe"] == "accurate"
         self.predictor = ShiftAverage(self.model) if self.accurate else self.model
         self.generator = torch.Generator().manual_seed(settings["seed"])
@@ -1133,6 +1161,9 @@ class Run:
                 raise ValueError("its numbers are not one an epoch or step")
             if not math.isfinite(sum(map(sum, numbers.values()))):
                 raise ValueError("its numbers are not finite")
+            now = self.model.state_dict()
+            if get_shapes({0: saved["model"]}) != get_shapes({0: now}):
+                raise ValueError("its network has other layers than main.py now")
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # so that this step shows
             self.optimizer.step()  # what state to expect, and no more
@@ -1151,6 +1182,8 @@ class Run:
             self.comet_key = uuid.UUID(hex=saved["comet_key"]).hex
         except Exception as error:  # noqa: BLE001, a made-up file can raise anything
             raise InputError(f"{path} is not of this run ({error!r:.200})") from None
+        if epochs > (wanted := self.settings["epochs"]):
+            raise InputError(f"--epochs {wanted}: the run to resume has done {epochs}")
 
     def make_epoch(self, epoch):
         """Return the batches of an epoch, counted from 1, by settings and recipe."""
@@ -1184,6 +1217,8 @@ class Run:
         keep_freed_memory()
         for epoch in range(len(self.progress["train_loss"]) + 1, epochs + 1):
             start = time.perf_counter()
+            # For layers that draw at random, as dropout does: resumed runs draw the same.
+            torch.manual_seed(self.settings["seed"] + epoch)
             batches = self.make_epoch(epoch)
             task = self.trained, batches, loss_function, self.optimizer, on_step
             with tqdm(total=self.steps, disable=not self.folder) as monitor.bar:
@@ -1351,7 +1386,7 @@ def make_run_folder(settings, name):
 
 
 def get_shapes(state):
-    """Return the names, shapes and types of what the state of an optimizer holds."""
+    """Return the names, shapes and types of what a state (a dict of dicts) holds."""
     named = [(i, name, value) for i in state for name, value in state[i].items()]
     kinds = "shape", "dtype"
     return [(i, name, *(getattr(v, k, None) for k in kinds)) for i, name, v in named]
@@ -1580,6 +1615,8 @@ def load_predictor(path):
     counts. Raises InputError.
     """
     path = Path(path)
+    if path.suffix == ".pt" and not path.exists():
+        raise InputError(f"--checkpoint: {path} does not exist")
     if not path.is_file():
         found = [file for n in range(3) for file in path.glob("*/" * n + "model.pt")]
         if not found:
@@ -1592,11 +1629,16 @@ def load_predictor(path):
             settings, state = state["settings"], state["model"]
         elif (config := path.with_name("config.json")).exists():
             settings = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        model = CNN() if "conv1.weight" in state else FullyConnectedModel()
+        shapes, models = get_shapes({0: state}), [make() for make in MODELS.values()]
+        models = [m for m in models if get_shapes({0: m.state_dict()}) == shapes]
+        if not models:
+            raise ValueError("its network has other layers than main.py now")
+        model = models[0]
         model.load_state_dict(state)
         accurate = settings["recipe"] == "accurate" if settings else False
     except Exception as error:  # noqa: BLE001, a made-up file can raise anything
         raise InputError(f"{path} is no model of ours ({error!r:.200})") from None
+    check_layers(model)
     return (ShiftAverage(model) if accurate else model).eval(), path
 
 
@@ -1607,7 +1649,7 @@ def draw_readings(names, digits, probabilities, answers):
     figure = Figure(figsize=(5 * across, 2.4 * down))
     space = {"width_ratios": (1, 1.6) * across, "hspace": 0.8, "wspace": 0.3}
     cells = figure.subplots(down, 2 * across, squeeze=False, gridspec_kw=space)
-    figure.subplots_adjust(0.02, 0.22 / down, 0.985, 1 - 0.2 / down)
+    figure.subplots_adjust(0.02, 0.22 / down, 0.985, 1 - 0.25 / down)
     for axes in cells.flat[2 * len(names) :]:  # the last may be left over
         axes.remove()
     for name, digit, chances, answer, (left, chart) in zip(
@@ -1616,8 +1658,10 @@ def draw_readings(names, digits, probabilities, answers):
         left.imshow(digit, cmap="gray", vmin=0, vmax=255)
         left.set(xticks=[], yticks=[])
         draw_bars(chart, chances, GREY if answer.startswith("no answer") else BLUE)
-        title = name[-44:] + "\n" + answer.replace("; ", ";\n")
-        chart.set_title(title, fontsize=9, loc="left", parse_math=False)
+        name = name if len(name) <= 48 else "…" + name[-47:]
+        text = {"fontsize": 9, "loc": "left", "parse_math": False}
+        title = name + "\n" + answer.replace("; ", ";\n")
+        left.set_title(title, **text)  # it may run on above the chart
     return figure
 
 
@@ -1697,7 +1741,10 @@ def summarise(rows, study):
         runs = [row for row in rows if row["model"] == model]
         for number, row in enumerate(runs):
             label = None if number else MODELS[model].__name__
-            plotter.axes.plot(row["curve"], color=colour, linewidth=1, label=label)
+            steps = range(1, len(row["curve"]) + 1)
+            plotter.axes.plot(
+                steps, row["curve"], color=colour, linewidth=1, label=label
+            )
         if len(runs) > 1:
             several[model], cells = {}, []
             for name, (width, n) in NUMBERS.items():

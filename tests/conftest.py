@@ -135,9 +135,9 @@ def spawn(tmp_path, environment):
 def run_script(tmp_path, environment):
     """run_script(*arguments, **environment): `python main.py ARGUMENTS`, to its end."""
 
-    def run(*arguments, folder=tmp_path, **more):
+    def run(*arguments, folder=tmp_path, script=ROOT / "main.py", **more):
         return subprocess.run(
-            [sys.executable, ROOT / "main.py", *map(str, arguments)],
+            [sys.executable, script, *map(str, arguments)],
             check=False,
             cwd=folder,
             env=environment | more,

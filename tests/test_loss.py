@@ -123,6 +123,25 @@ def test_the_last_point_is_drawn(plotter):
         assert axes.get_ylim()[0] <= points[-1]
 
 
+@pytest.mark.parametrize(
+    ("losses", "labels"),
+    [
+        ([2.3, 1.8], {"1.8", "2", "2.2"}),
+        ([2.3, 0.3], {"0.4", "0.5", "0.6", "0.8", "2"}),
+        ([2.3, 0.03], {"0.05", "0.2", "0.5", "2"}),
+    ],
+)
+def test_the_loss_can_be_read_off_its_axis(plotter, losses, labels):
+    """However little it has fallen, there are labels; if much, not too many."""
+    drawing = plotter(scale="semilogy")
+    drawing.draw(losses)
+    low, high = get_axes(drawing).get_ylim()
+    ticks = get_axes(drawing).yaxis.get_minor_ticks()
+    shown = {t.label1.get_text() for t in ticks if low <= t.get_loc() <= high} - {""}
+    assert labels <= shown
+    assert len(shown) < 12
+
+
 def test_a_point_more_changes_the_picture(plotter):
     pictures = [plotter().draw([5, 4, 3, 2][:n]) for n in (2, 3, 4)]
     for one, other in itertools.combinations(pictures, 2):

@@ -1,6 +1,7 @@
 """--predict: photographs and drawings are made like MNIST's images, and read."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -341,6 +342,32 @@ def test_either_file_of_a_run_reads_as_the_run_did(trained, mnist, flags, file):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     wrong = (read(predictor, mnist[2]) != mnist[3]).sum()
     assert abs(float(wrong) - 10_000 * (1 - metrics["test_accuracy"])) < 1.5
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_it_says_has_room_in_the_picture(count):
+    """Each line whole, at its longest, and beside nothing that it could hide."""
+    longest = "it looks like no digit; most like 3 (49.9 %), then 8 (48.8 %)"
+    names, digits = ["MY_DIGITS/" * 20] * count, np.zeros((count, 28, 28), np.uint8)
+    chances = np.full((count, 10), 0.1, np.float32)
+    answers = [f"no answer: {longest}", "no answer: it holds several digits, or none"]
+    figure = main.draw_readings(names, digits, chances, (2 * answers)[:count])
+    main.save_picture(figure)
+    titles = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")]
+    boxes = [title.get_window_extent() for title in titles]
+    assert len(boxes) == count
+    cells = [axes.get_tightbbox() for axes in figure.axes if not axes.images]
+    for one, other in itertools.combinations(boxes + cells, 2):
+        assert not one.overlaps(other)
+    for box in boxes + cells:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+
+
+def test_a_checkpoint_that_does_not_exist_is_told(spawn, seven):
+    run = spawn("--predict", "seven.png", "--checkpoint", "nowhere/model.pt")
+    assert run.wait() == 2
+    assert run.stderr == "main.py: --checkpoint: nowhere/model.pt does not exist\n"
 
 
 def test_the_newest_finished_run_is_taken(tmp_path, trained, seven, spawn):

@@ -127,6 +127,58 @@ def seen(page):
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_the_networks_of_main_may_be_drawn_for(open_report, name):
+    page = open_report(name)
+    assert page.locator("#paper").count() == 1
+    assert page.locator("#edited").count() == 0
+    filters = 128 if "fc" in name else 24
+    assert page.locator("#filters canvas").count() == filters
+
+
+class Tanh(main.CNN):
+    """The same layers, so that only the answers tell."""
+
+    def forward(self, x):
+        x = torch.tanh(self.pool2(self.conv2(torch.tanh(self.pool1(self.conv1(x))))))
+        return self.fc2(self.relu(self.fc1(self.flatten(x))))
+
+
+class Renamed(main.CNN):
+    """Other names, by which the page finds no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = self.conv1, self.fc2
+        del self.conv1, self.fc2
+
+    def forward(self, x):
+        x = torch.relu(self.pool2(self.conv2(self.pool1(torch.relu(self.first(x))))))
+        return self.last(self.relu(self.fc1(self.flatten(x))))
+
+
+@pytest.mark.parametrize("network", [Tanh, Renamed])
+def test_an_edited_network_is_not_drawn_for(
+    open_report, monkeypatch, tmp_path, network
+):
+    """The page says so; all else is there."""
+    monkeypatch.setitem(main.MODELS, "cnn", network)
+    flags = ["--limit=3000", "--epochs=1", "--lr=0.1", "--device=cpu"]
+    run = main.Run(main.read_settings(flags), tmp_path)
+    tracker = main.Tracker("off", tmp_path)
+    monitor = main.Monitor(run.progress["losses"], tmp_path / "curve.png", tracker)
+    run.train(monitor)
+    logits = run.predict()
+    run.write_report(monitor, logits, run.test(logits))
+    page = open_report(tmp_path)
+    assert "edited" in page.locator("#edited").inner_text()
+    for gone in ("#paper", "#filters", "#maps"):
+        assert page.locator(gone).count() == 0
+    assert page.locator("#title").inner_text() == "Convolutional network (CNN)"
+    assert page.locator("#grid figure").count() == 20
+    assert page.locator("#charts svg").count() == 3
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_the_page_computes_the_logits_of_pytorch(open_report, trained, name):
     page = open_report(name)
     count = 50 if "accurate" in name else 200  # of nine views each
