@@ -283,29 +283,6 @@ class FullyConnectedModel(nn.Module):
 MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
 
 
-@torch.no_grad()
-def check_layers(model):
-    """Return the model, ready to look at all 28x28 pixels if edited layers need them.
-
-    Raises InputError if the layers do not fit each other.
-    """
-    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    wrong = f"{type(model).__name__} makes no 10 logits of an image of 28x28 pixels"
-    try:
-        logits = model.eval()(images)
-    except RuntimeError as error:
-        raise InputError(f"{wrong}: do its layers fit? {error}") from None
-    if logits.shape != (2, 10):
-        raise InputError(f"{wrong}, but {tuple(logits.shape[1:])}")
-    try:
-        part = model(images[..., : model.seen, : model.seen])
-        same = torch.allclose(part, logits, atol=1e-4)
-    except RuntimeError:
-        same = False
-    model.seen = model.seen if same else 28
-    return model
-
-
 # ===== Data ===========================================================================
 
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
@@ -1055,6 +1032,29 @@ def select_device(name="auto"):
     return torch.device(name)
 
 
+@torch.no_grad()
+def check_layers(model):
+    """Return the model, ready to look at all 28x28 pixels if edited layers need them.
+
+    Raises InputError if the layers do not fit each other.
+    """
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    wrong = f"{type(model).__name__} makes no 10 logits of an image of 28x28 pixels"
+    try:
+        logits = model.eval()(images)
+    except RuntimeError as error:
+        raise InputError(f"{wrong}: do its layers fit? {error}") from None
+    if logits.shape != (2, 10):
+        raise InputError(f"{wrong}, but {tuple(logits.shape[1:])}")
+    try:
+        part = model(images[..., : model.seen, : model.seen])
+        same = torch.allclose(part, logits, atol=1e-4)
+    except RuntimeError:
+        same = False
+    model.seen = model.seen if same else 28
+    return model
+
+
 def collect_garbage():
     """Let Python collect garbage from now on, but never in what was imported by now."""
     if not gc.isenabled():
@@ -1217,8 +1217,9 @@ class Run:
         keep_freed_memory()
         for epoch in range(len(self.progress["train_loss"]) + 1, epochs + 1):
             start = time.perf_counter()
-            # For layers that draw at random, as dropout does: resumed runs draw the same.
-            torch.manual_seed(self.settings["seed"] + epoch)
+            # For layers that draw at random, as dropout does: a resumed run draws the same,
+            # and another seed never does (there are at most 10,000 epochs).
+            torch.manual_seed(10_001 * self.settings["seed"] + epoch)
             batches = self.make_epoch(epoch)
             task = self.trained, batches, loss_function, self.optimizer, on_step
             with tqdm(total=self.steps, disable=not self.folder) as monitor.bar:
@@ -1741,10 +1742,8 @@ def summarise(rows, study):
         runs = [row for row in rows if row["model"] == model]
         for number, row in enumerate(runs):
             label = None if number else MODELS[model].__name__
-            steps = range(1, len(row["curve"]) + 1)
-            plotter.axes.plot(
-                steps, row["curve"], color=colour, linewidth=1, label=label
-            )
+            line = {"color": colour, "linewidth": 1, "label": label}
+            plotter.axes.plot(range(1, len(row["curve"]) + 1), row["curve"], **line)
         if len(runs) > 1:
             several[model], cells = {}, []
             for name, (width, n) in NUMBERS.items():
