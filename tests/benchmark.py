@@ -1,6 +1,6 @@
 """How fast main.py is beside the usual loop. No test: run it by hand, on an idle machine.
 
-python tests/benchmark.py                       all of it: about ten minutes on 2 cores
+python tests/benchmark.py                       all of it: 10 to 15 minutes on 2 cores
 python tests/benchmark.py --rounds 5 --json F   more rounds; the numbers in the file F
 
 Every measurement is a process of its own, one at a time; the two sides take turns.
