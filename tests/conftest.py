@@ -5,7 +5,6 @@
 that a process has: its own signals, exit status, standard output and files.
 """
 
-import gc
 import json
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,10 +26,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
-
-
-def pytest_collection_finish():
-    gc.freeze()  # as main.py does: nothing that is imported by now is garbage
 
 
 def become(folder, out, environment):
@@ -48,11 +44,7 @@ def _child(arguments, folder, out, environment):
     become(folder, out, environment)
     import main
 
-    try:
-        settings = main.read_settings(arguments)
-    except main.UserError as error:
-        sys.exit(main.report(error))
-    os._exit(main.main(settings))  # as main.py does
+    sys.exit(main.main(arguments))
 
 
 class Run:
@@ -103,6 +95,58 @@ class Run:
 
     def json(self, name):
         return json.loads((self.run_dir / name).read_text(encoding="utf-8"))
+
+
+def complete(folder, *arguments):
+    """Run main.py to its end in a folder, without a Comet key; return the Run."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
+    folder.mkdir(exist_ok=True)
+    run = Run(list(map(str, arguments)), folder, kept | {"HOME": str(folder)})
+    assert run.wait() == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    return run
+
+
+def run_here(folder, *arguments, status=0):
+    """Call main.main in this process, untracked; return the run's folder in `folder`."""
+    import main
+
+    given = [*map(str, arguments), "--comet=off", f"--output-dir={folder}"]
+    assert main.main(given) == status
+    (run_dir,) = folder.iterdir()
+    return run_dir
+
+
+def watch_training(patch, stop_in=None):
+    """Have a list filled with what each epoch's training is given, one object an epoch.
+
+    weights: at its start. batches: the images and labels of each step. rates: their
+    learning rates. loss_function, optimizer. Epoch `stop_in` is stopped by a Ctrl-C.
+    """
+    import main
+
+    epochs, train_epoch = [], main.train_epoch
+
+    def watched(model, batches, loss_function, optimizer, scheduler, on_step):
+        weights = {name: w.clone() for name, w in model.state_dict().items()}
+        epoch = SimpleNamespace(weights=weights, batches=[], rates=[])
+        epoch.loss_function, epoch.optimizer = loss_function, optimizer
+        epochs.append(epoch)
+
+        def note():
+            for batch in batches:
+                epoch.batches.append(batch)
+                epoch.rates.append(optimizer.param_groups[0]["lr"])
+                yield batch
+                if len(epochs) == stop_in:
+                    raise KeyboardInterrupt
+
+        return train_epoch(
+            model, note(), loss_function, optimizer, scheduler, on_step=on_step
+        )
+
+    patch.setattr(main, "train_epoch", watched)
+    return epochs
 
 
 @pytest.fixture
@@ -157,10 +201,7 @@ def trained(tmp_path_factory):
     def train(*flags):
         if flags not in runs:
             folder = tmp_path_factory.mktemp("trained")
-            kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
-            arguments = *flags, "--epochs", "1", "--comet", "off"
-            run = Run(list(arguments), folder, kept | {"HOME": str(folder)})
-            assert run.wait() == 0, run.stderr
+            run = complete(folder, *flags, "--epochs", "1", "--comet", "off")
             runs[flags] = run.run_dir
         return runs[flags]
 

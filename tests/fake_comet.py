@@ -8,7 +8,6 @@ comet-ml 3.58 takes it for Comet. What it receives it keeps, in memory.
 """
 
 import contextlib
-import gzip
 import json
 import socket
 import threading
@@ -31,7 +30,7 @@ class FakeComet:
     def __init__(self, port=0, bad_key=False, delay=0.0, fail=None):
         self.bad_key, self.delay, self.fail = bad_key, delay, fail or {}
         self.lock = threading.Lock()
-        self.connections = set()
+        self.connections = []
         self.experiments = set()  # their keys
         self.requests = []  # (method, path, query, body: what the JSON says)
         self.metrics = []  # dicts: metricName, metricValue, step, epoch, timestamp
@@ -49,10 +48,9 @@ class FakeComet:
 
             def setup(self):
                 super().setup()
-                outer.connections.add(self.connection)
+                outer.connections.append(self.connection)
 
             def finish(self):
-                outer.connections.discard(self.connection)
                 with contextlib.suppress(OSError):
                     super().finish()
 
@@ -76,7 +74,7 @@ class FakeComet:
     def __exit__(self, *details):
         self.httpd.shutdown()
         self.httpd.server_close()
-        for connection in list(self.connections):
+        for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -101,11 +99,8 @@ class FakeComet:
             raw = read_chunks(handler.rfile)
         else:
             raw = handler.rfile.read(int(headers.get("Content-Length") or 0))
-        encoding = headers.get("Content-Encoding", "")
-        if encoding == "gzip":
-            raw = gzip.decompress(raw)
-        elif encoding == "deflate":
-            raw = zlib.decompress(raw)
+        if headers.get("Content-Encoding"):
+            raw = zlib.decompress(raw, wbits=47)  # gzip or deflate
         url = urlsplit(handler.path)
         path = "/" + "/".join(part for part in url.path.split("/") if part)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
@@ -164,8 +159,6 @@ class FakeComet:
                 return 404, {"msg": "no such experiment", "sdk_error_code": 0}
             names = {"workspaceName": "workspace", "projectName": "project"}
             return 200, {"experimentKey": key, "throttle": False, **names}
-        if path.endswith("/account-details"):
-            return 200, {"userName": "me", "defaultWorkspaceName": "me"}
         if path.endswith("/batch/logger/experiment/metric"):
             self.metrics += body.get("values", [])
         elif path.endswith("/batch/logger/experiment/parameter"):

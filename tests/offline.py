@@ -5,19 +5,19 @@ import zipfile
 
 
 class Archive:
-    """What is in it: name, key, project, graph, tags, params, metrics, images, …"""
+    """What is in it: key, project, workspace, name, graph, metrics, images, …"""
 
     def __init__(self, path):
         self.metrics = {}  # name: [(step, epoch, value), ...] as logged
         self.params = {}
-        self.images = []  # (name, step, data), ... as logged
-        self.assets = {}  # file name: data
-        self.matrices = []  # confusion matrices, as Comet stores them
+        self.images = {}  # name: data, the last one logged
+        self.files = {}  # kind of upload: {file name: data}
         self.name = self.graph = None
+        self.output = ""  # the console's
         with zipfile.ZipFile(path) as archive:
             about = json.loads(archive.read("experiment.json"))
             self.key, self.project = about["offline_id"], about["project_name"]
-            self.tags = about["tags"]
+            self.workspace = about["workspace"]
             for line in archive.read("messages.json").decode().splitlines():
                 message = json.loads(line)
                 self.take(archive, message["type"], message["payload"])
@@ -34,12 +34,13 @@ class Archive:
             self.name = content["value"]
         elif kind == "graph":
             self.graph = content["graph"]
-        elif kind == "file_upload" and content["upload_type"] == "visualization":
-            about = content["additional_params"]
+        elif kind == "standard_output":
+            self.output += content["output"]
+        elif kind == "file_upload":
             data = archive.read(content["file_path"])
-            self.images.append((about["figName"], about["step"], data))
-        elif kind == "file_upload" and content["upload_type"] == "asset":
-            name = content["additional_params"]["fileName"]
-            self.assets[name] = archive.read(content["file_path"])
-        elif kind == "file_upload" and content["upload_type"] == "confusion-matrix":
-            self.matrices.append(json.loads(archive.read(content["file_path"])))
+            about = content["additional_params"] or {}
+            if content["upload_type"] == "visualization":
+                self.images[about["figName"]] = data
+            else:
+                files = self.files.setdefault(content["upload_type"], {})
+                files[about.get("fileName")] = data

@@ -1,6 +1,5 @@
 """What the fork server of conftest.py imports, once: main.py, Comet and torchrun."""
 
-import gc
 import os
 
 import torch.distributed.run  # noqa: F401
@@ -9,6 +8,4 @@ import main
 
 os.environ.update(main.COMET_DEFAULTS)
 
-import comet_ml  # noqa: F401
-
-gc.freeze()  # as main.py does: nothing of this is garbage
+import comet_ml  # noqa: E402, F401

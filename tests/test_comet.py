@@ -1,369 +1,436 @@
-"""What is tracked on Comet: in an offline archive, and by a server."""
+"""What Comet gets: online, offline, and when its server refuses, fails, hangs or dies.
 
-import json
+The real client talks to servers on the loopback interface. All runs of this file are
+started at once, since much of their time is waiting.
+"""
+
+import contextlib
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
+import conftest
 import pytest
-from conftest import Run
 from fake_comet import FakeComet
 from offline import Archive
 
 import main
 
-SCRIPT = Path(main.__file__)
-SMALL = "--model", "fc", "--limit", 200, "--epochs", 1
-PICTURES = (
+KEY = "k3y" * 9  # Comet tracks this file, too
+PICTURES = {
     *("loss_curve", "sample_prediction", "single_prediction", "predictions_grid"),
     *("worst_mistakes", "confusion_matrix"),
-)
-KEY = "k3y" * 9
+}
+OF_COMET = {"curr_step", "curr_epoch"}  # parameters that Comet itself adds
+PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
+SHORT = "--model", "fc", "--limit", "640", "--epochs", "1"
+STEPPY = *SHORT, "--batch-size", "2"  # 320 steps
+LONG = "--model", "fc", "--limit", "5000", "--batch-size", "5", "--epochs", "4"
+
+METRICS, IMAGES = "/batch/logger/experiment/metric", "/visualizations/upload"
+FAULTS = {  # name: what makes the server
+    "key rejected": lambda server: server.answering(bad_key=True),
+    "port refused": lambda server: server.listening(False),
+    "no such name": lambda server: server.at("nonexistent.invalid"),
+    "500 to metrics": lambda server: server.answering(fail={METRICS: 500}),
+    "500 to uploads": lambda server: server.answering(fail={IMAGES: 500}),
+    "dies in mid-run": lambda server: server.answering(),
+    "hangs from the start": lambda server: server.listening(True),
+    "hangs in mid-run": lambda server: server.answering(),
+}
 
 
-def clean_environment(home):
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("COMET", "PYTHON"))
-    }
-    return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home), "no_proxy": "*"}
+def be_timed_main(arguments, folder, out, environment):
+    """Be main.py, and write down for how long Comet holds up its start and its end."""
+    import comet_ml
+
+    def timed(name, call):
+        def wrapper(*positional, **named):
+            begin = time.monotonic()
+            result = call(*positional, **named)
+            with open(out / name, "a") as file:
+                file.write(f"{time.monotonic() - begin}\n")
+            if name == "start":
+                result.end = timed("end", result.end)
+            return result
+
+        return wrapper
+
+    comet_ml.start = timed("start", comet_ml.start)
+    conftest._child(arguments, folder, out, environment)
 
 
-def complete(folder, *arguments, **more):
-    """Run main.py in a folder of its own, to its good end; see conftest.Run."""
-    run = Run(list(map(str, arguments)), folder, clean_environment(folder) | more)
+def be_command(arguments, folder, out, environment):
+    """Be the command that the arguments are."""
+    conftest.become(folder, out, environment)
+    os.execvp(arguments[0], arguments)
+
+
+class Server(contextlib.ExitStack):
+    """What a run takes for Comet: `url`, and a FakeComet, if there is one."""
+
+    fake = None
+
+    def answering(self, **how):
+        self.fake = self.enter_context(FakeComet(**how))
+        self.url = self.fake.url
+        return self
+
+    def at(self, host):
+        self.url = f"http://{host}/clientlib/"
+        return self
+
+    def listening(self, answer):
+        """Be a port that never answers, or that nobody listens on."""
+        server = self.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = server.getsockname()[1]
+        if not answer:
+            server.close()
+        return self.at(f"127.0.0.1:{port}")
+
+
+class Case:
+    """A run, or a run and its continuation, and what it takes for Comet."""
+
+    def __init__(self, folder, server, flags, target=be_timed_main, **more):
+        self.folder, self.server, self.target = folder, server, target
+        self.scratch = folder / "home"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        home = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), str(self.scratch))
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("COMET", "PYTHON"))
+        }
+        url = {"COMET_URL_OVERRIDE": server.url}
+        self.environment = kept | home | url | {"no_proxy": "*"} | more
+        self.start(flags)
+
+    def start(self, flags):
+        self.run = conftest.Run(list(flags), self.folder, self.environment, self.target)
+
+    def resume(self, *flags, **more):
+        """Go on, once it has ended well."""
+        assert self.run.wait() == 0, self.run.stderr
+        self.before = sorted(self.run.run_dir.glob("*.zip"))
+        self.environment |= more
+        self.start(["--resume", str(self.run.run_dir), *flags])
+
+    def disturb(self, name):
+        """Have the server die or hang in mid-run, once it has some metrics."""
+        self.run.wait_for(lambda: len(self.server.fake.metrics) > 5)
+        assert "EVALUATING" not in self.run.stdout
+        if name == "dies in mid-run":
+            self.server.close()
+        else:
+            self.server.fake.delay = 300
+
+    def held_up(self, name):
+        """The seconds in which Comet held up the start or the end."""
+        return sum(map(float, (self.run.out / name).read_text().split()))
+
+    @property
+    def newest(self):
+        """The path of the newest archive."""
+        return max(self.run.run_dir.glob("*.zip"), key=os.path.getmtime)
+
+    def check_all_is_in(self, archive):
+        """Check that an archive has all but the loss of every step."""
+        config, metrics = self.run.json("config.json"), self.run.json("metrics.json")
+        steps = len(metrics["losses"]) // len(metrics["train_loss"])
+        for name in PER_EPOCH:
+            values = enumerate(metrics[name], 1)
+            assert archive.metrics[name] == [(n * steps, n, v) for n, v in values], name
+        for name in "test_loss", "test_accuracy", "calibration_error":
+            ((step, _, value),) = archive.metrics[name]
+            assert (step, value) == (len(metrics["losses"]), metrics[name])
+        assert archive.images == {
+            name: (self.run.run_dir / f"{name}.png").read_bytes() for name in PICTURES
+        }
+        assert archive.params.keys() - config["settings"].keys() <= OF_COMET
+        assert config["settings"].items() <= archive.params.items()
+        assert archive.name == self.run.run_dir.name
+        assert archive.graph == str(main.MODELS[config["settings"]["model"]]())
+        page = (self.run.run_dir / "report.html").read_bytes()
+        assert archive.files["asset"]["report.html"] == page
+        assert "confusion-matrix" in archive.files
+        assert f"Epoch {len(metrics['train_loss'])}/" in archive.output
+
+    def losses(self):
+        """The losses of the run: {step: loss}."""
+        return dict(enumerate(self.run.json("metrics.json")["losses"], 1))
+
+
+def as_losses(archive):
+    return [(step, loss) for step, _, loss in archive.metrics["loss"]]
+
+
+def copy_script(folder, **constants):
+    """Make a git repository of main.py there, its constants edited after the commit."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "MNIST").symlink_to(conftest.ROOT / "data" / "MNIST")
+    text = (conftest.ROOT / "main.py").read_text(encoding="utf-8")
+    (folder / "main.py").write_text(text, encoding="utf-8")
+    page = (conftest.ROOT / "data" / "report.html").read_bytes()
+    (folder / "data" / "report.html").write_bytes(page)
+    git = "git", "-C", folder, "-c", "user.name=me", "-c", "user.email=me@localhost"
+    for command in (["init", "-q"], ["add", "main.py"], ["commit", "-qm", "main.py"]):
+        subprocess.run([*git, *command], check=True)
+    for name, value in constants.items():
+        text, found = re.subn(f"(?m)^{name} = [^#\n]*", f"{name} = {value!r}  ", text)
+        assert found == 1
+    (folder / "main.py").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """{name: Case}, all ended. FAULTS; "online", "offline": with a continuation.
+
+    "file": the key is in ~/.comet.config; "constant": in main.py. The last two run in
+    new processes, in git repositories.
+    """
+    root, cases = tmp_path_factory.mktemp("comet"), {}
+    key = {"COMET_API_KEY": KEY}
+    names = {"COMET_PROJECT_NAME": "my-project", "COMET_WORKSPACE": "my-team"}
     try:
-        assert run.wait() == 0, run.stderr
+        for name, make in FAULTS.items():
+            flags = LONG if "mid-run" in name else SHORT
+            cases[name] = Case(root / name, make(Server()), flags, **key)
+        for name, more in ("online", key | names), ("offline", {}):
+            cases[name] = Case(root / name, Server().answering(), STEPPY, **more)
+        script = [sys.executable, "main.py", *SHORT, "--comet", "online"]
+        constants = {"LR": 0.0234567}
+        for name in "file", "constant":
+            copy_script(root / name, **constants)
+            constants["COMET_API_KEY"] = KEY
+        (root / "file" / "home").mkdir()
+        text = f"[comet]\napi_key = {KEY}\n"
+        (root / "file" / "home" / ".comet.config").write_text(text, encoding="ascii")
+        for name in "file", "constant":
+            cases[name] = Case(root / name, Server().answering(), script, be_command)
+        for name in FAULTS:
+            if "mid-run" in name:
+                cases[name].disturb(name)
+        cases["online"].resume("--epochs", "2")
+        cases["offline"].resume("--epochs", "2", "--comet", "offline", **key)
+        for case in cases.values():
+            case.run.wait()
+        yield cases
     finally:
-        run.process.kill()
-    return run
+        for case in cases.values():
+            case.run.process.kill()
+            case.server.close()
 
 
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    """A run of 2 x 938 steps, with several loss curves, and its archive."""
-    folder = tmp_path_factory.mktemp("offline")
-    flags = "--limit", 30_000, "--batch-size", 32, "--epochs", 2
-    run = complete(folder, *flags, "--comet", "offline")
-    (path,) = run.run_dir.glob("*.zip")
-    metrics = run.json("metrics.json")
-    return SimpleNamespace(run=run, path=path, archive=Archive(path), metrics=metrics)
+@pytest.mark.parametrize("name", FAULTS)
+def test_whatever_happens_to_the_server_the_archive_has_all(cases, name):
+    case = cases[name]
+    assert case.run.process.exitcode == 0, case.run.stderr
+    assert "Traceback" not in case.run.stderr and "Error" not in case.run.stderr
+    assert case.held_up("start") < 20 and case.held_up("end") < 25
+    (path,) = case.run.run_dir.glob("*.zip")
+    archive = Archive(path)
+    case.check_all_is_in(archive)
+    last = case.run.stdout.splitlines()[-2]
+    (line,) = (x for x in case.run.stdout.splitlines() if x.startswith("Comet: "))
+    if case.server.fake and not case.server.fake.bad_key:
+        assert set(as_losses(archive)) <= case.losses().items()
+        assert f"comet upload --force-reupload {path.relative_to(case.folder)}" in last
+    else:
+        assert line.startswith("Comet: offline (")
+        assert as_losses(archive) == list(case.losses().items())
+        assert last.endswith(f"comet upload {path.relative_to(case.folder)}")
 
 
-@pytest.fixture(scope="module")
-def online(tmp_path_factory):
-    """A fast run with a key in the environment, and what Comet got of it."""
-    folder = tmp_path_factory.mktemp("online")
-    with FakeComet() as server:
-        flags = "--model", "fc", "--epochs", 3
-        of_comet = {"COMET_API_KEY": KEY, "COMET_URL_OVERRIDE": server.url}
-        run = complete(folder, *flags, **of_comet)
-    metrics = run.json("metrics.json")
-    return SimpleNamespace(run=run, server=server, metrics=metrics)
+def test_offline_the_archive_of_a_resumed_run_has_the_whole_history(cases):
+    case = cases["offline"]
+    assert case.run.process.exitcode == 0, case.run.stderr
+    archive = Archive(case.newest)
+    case.check_all_is_in(archive)
+    assert as_losses(archive) == list(case.losses().items())
+    assert len(case.losses()) == 640
+    assert (archive.project, archive.workspace) == (main.COMET_PROJECT, None)
+    (before,) = case.before
+    assert archive.key in before.name and archive.key in case.newest.name
+    path = case.newest.relative_to(case.folder)
+    assert case.run.stdout.splitlines()[-2].endswith(
+        f"comet upload {case.run.run_dir}/{path.name}"
+    )
 
 
-def read_pictures(run):
-    return {name: (run.run_dir / f"{name}.png").read_bytes() for name in PICTURES}
+def test_offline_no_server_is_asked_even_with_a_key(cases):
+    assert cases["offline"].server.fake.requests == []
 
 
-# ----- offline
-
-
-def test_offline_the_settings_are_the_parameters(offline):
-    """Comet itself adds the step of each picture."""
-    settings = offline.run.json("config.json")["settings"]
-    assert settings.items() <= offline.archive.params.items()
-    assert offline.archive.params.keys() - settings.keys() == {"curr_step"}
-    assert settings["batch_size"] == 32
-
-
-def test_offline_the_loss_of_every_step_is_there(offline):
-    """Steps count on over the epochs: they never restart."""
-    found = [(step, loss) for step, _, loss in offline.archive.metrics["loss"]]
-    assert len(found) == 2 * 938
-    assert found == list(enumerate(offline.metrics["losses"], start=1))
-
-
-@pytest.mark.parametrize("name", ["train_accuracy", "train_loss", "epoch_seconds"])
-def test_offline_each_epoch_has_its_metrics(offline, name):
-    expected = [
-        (938 * epoch, epoch, value)
-        for epoch, value in enumerate(offline.metrics[name], start=1)
-    ]
-    assert len(expected) == 2
-    assert offline.archive.metrics[name] == expected
-
-
-@pytest.mark.parametrize("name", ["test_accuracy", "test_loss"])
-def test_offline_the_test_results_are_there(offline, name):
-    ((step, _, value),) = offline.archive.metrics[name]
-    assert (step, value) == (2 * 938, offline.metrics[name])
-
-
-def test_offline_the_pictures_are_those_of_the_folder(offline):
-    latest = {name: data for name, _, data in offline.archive.images}
-    assert latest == read_pictures(offline.run)
-
-
-def test_offline_the_report_is_an_asset(offline):
-    report = (offline.run.run_dir / "report.html").read_bytes()
-    assert offline.archive.assets == {"report.html": report}
-
-
-def test_offline_the_loss_curve_grows_under_one_name(offline):
-    images = offline.archive.images
-    curves = [(step, data) for name, step, data in images if name == "loss_curve"]
-    steps = [step for step, _ in curves]
-    assert len(set(steps)) > sum(offline.metrics["epoch_seconds"]) // 3
-    assert steps == sorted(steps)
-    assert steps[-1] == 2 * 938
-    assert len({data for _, data in curves}) == len(set(steps))
-    assert all(data.startswith(b"\x89PNG") for _, data in curves)
-    assert len(images) == len(curves) + 5
-
-
-def test_offline_the_model_is_the_graph(offline):
-    assert offline.archive.graph == str(main.CNN())
-
-
-def test_offline_the_name_is_that_of_the_folder(offline):
-    assert offline.archive.name == offline.run.run_dir.name
-    assert offline.archive.project == main.COMET_PROJECT
-
-
-def test_offline_the_upload_command_names_the_archive(offline):
-    (path,) = re.findall(r"comet upload (\S+\.zip)$", offline.run.stdout, re.MULTILINE)
-    assert offline.run.folder / path == offline.path
-
-
-def test_the_upload_command_uploads_all(offline):
-    """`comet upload`, the real one, to a server."""
-    with FakeComet() as server:
-        environment = clean_environment(offline.run.folder)
-        of_comet = {"COMET_API_KEY": KEY, "COMET_URL_OVERRIDE": server.url}
-        done = subprocess.run(
-            [sys.executable, "-m", "comet_ml.scripts.comet", "upload", offline.path],
-            env=environment | of_comet,
-            check=False,
-        )
-    assert done.returncode == 0
-    assert server.others["Name"] == offline.archive.name
-    assert len(server.metric("loss")) == 2 * 938
-    assert {name for name, *_ in server.images} == set(PICTURES)
-
-
-# ----- which mode
-
-
-def test_auto_without_a_key_is_offline(spawn):
-    run = spawn(*SMALL)
-    assert run.wait() == 0, run.stderr
-    (path,) = run.run_dir.glob("*.zip")
-    assert f"comet upload runs/{run.run_dir.name}/{path.name}\n" in run.stdout
-    assert Archive(path).metrics["test_loss"]
-
-
-def test_the_placeholder_is_no_key(spawn):
-    """Nobody is asked whether it is right."""
-    with FakeComet() as server:
-        of_comet = {"COMET_URL_OVERRIDE": server.url}
-        run = spawn(*SMALL, COMET_API_KEY="YOUR_API_KEY_HERE", **of_comet)
-        assert run.wait() == 0, run.stderr
-    assert server.requests == []
-    assert len(list(run.run_dir.glob("*.zip"))) == 1
-
-
-@pytest.mark.parametrize("key", [{}, {"COMET_API_KEY": "YOUR_API_KEY_HERE"}])
-def test_online_without_a_key_is_refused(spawn, key):
-    run = spawn(*SMALL, "--comet", "online", **key)
-    assert run.wait() == 2
-    assert run.stdout == ""
-    assert re.fullmatch("main.py: .*API key.*COMET_API_KEY.*\n", run.stderr)
-    assert list(run.folder.glob("runs/*")) == []
-
-
-def test_offline_asks_no_server_even_with_a_key(spawn):
-    with FakeComet() as server:
-        of_comet = {"COMET_API_KEY": KEY, "COMET_URL_OVERRIDE": server.url}
-        run = spawn(*SMALL, "--comet", "offline", **of_comet)
-        assert run.wait() == 0, run.stderr
-    assert server.requests == []
-    assert len(list(run.run_dir.glob("*.zip"))) == 1
-
-
-# ----- online
-
-
-def test_online_the_settings_are_the_parameters(online):
-    settings = online.run.json("config.json")["settings"]
-    sent = online.server.params
-    found = {p["parameterName"]: str(p["parameterValue"]) for p in sent}
-    del found["curr_step"]  # which Comet itself adds, with each picture
-    assert found == {name: str(value) for name, value in settings.items()}
-    assert len(sent) < len(settings) + len(online.server.metrics)  # with no metric
-
-
-def test_online_the_losses_are_right_and_the_last_step_is_in(online):
-    losses = dict(enumerate(online.metrics["losses"], start=1))
-    found = online.server.metric("loss")
-    assert len(losses) == 3 * 938
-    assert set(found) <= set(losses.items())
-    assert [step for step, _ in found] == sorted({step for step, _ in found})
-    assert found[-1][0] == 3 * 938
-
-
-def test_online_the_losses_are_thinned_to_what_comet_takes(online):
-    """12,000 values a minute are 200 a second; a few of them come at once."""
-    stamps = [m["timestamp"] / 1000 for m in online.server.metrics]
-    assert 30 < len(stamps) <= 200 * (max(stamps) - min(stamps)) + 50
-    assert len(stamps) < 3 * 938 / 2
-
-
-def test_online_each_epoch_has_its_metrics(online):
-    for name in ("train_accuracy", "train_loss", "epoch_seconds"):
+def test_online_the_server_and_the_archive_get_all(cases):
+    case, fake = cases["online"], cases["online"].server.fake
+    assert case.run.process.exitcode == 0, case.run.stderr
+    metrics = case.run.json("metrics.json")
+    for name in PER_EPOCH:
         found = [
             (m["step"], m["epoch"], float(m["metricValue"]))
-            for m in online.server.metrics
+            for m in fake.metrics
             if m["metricName"] == name
         ]
-        values = enumerate(online.metrics[name], start=1)
-        assert found == [(938 * epoch, epoch, value) for epoch, value in values]
+        assert found == [(320 * n, n, v) for n, v in enumerate(metrics[name], 1)]
+    for name in "test_loss", "test_accuracy":
+        assert fake.metric(name)[-1] == (640, metrics[name])
+    latest = {name: data for name, _, data in fake.images}
+    assert latest == {
+        name: (case.run.run_dir / f"{name}.png").read_bytes() for name in PICTURES
+    }
+    settings = case.run.json("config.json")["settings"]
+    sent = {p["parameterName"]: str(p["parameterValue"]) for p in fake.params}
+    assert {
+        name: str(value) for name, value in settings.items()
+    }.items() <= sent.items()
+    assert sent.keys() - settings.keys() <= OF_COMET
+    assert fake.others["Name"] == case.run.run_dir.name
+    assert fake.graphs[0]["graph"] == str(main.FullyConnectedModel())
+    pages = [u for u in fake.uploads if u["query"].get("fileName") == "report.html"]
+    assert pages[-1]["data"] == (case.run.run_dir / "report.html").read_bytes()
 
 
-def test_online_the_test_results_are_there(online):
-    for name in ("test_accuracy", "test_loss"):
-        assert online.server.metric(name) == [(3 * 938, online.metrics[name])]
+def test_online_the_loss_comes_at_most_10_times_a_second(cases):
+    case = cases["online"]
+    losses = case.server.fake.metric("loss")
+    assert set(losses) <= case.losses().items()
+    steps = [step for step, _ in losses]
+    assert steps == sorted(set(steps)) and steps[-1] > 320
+    seconds = sum(case.run.json("metrics.json")["epoch_seconds"])
+    assert 3 <= len(losses) <= 10 * seconds + 2 * 2  # two at the end of each epoch
 
 
-def test_online_the_pictures_are_those_of_the_folder(online):
-    last = [(n, data) for n, step, data in online.server.images if step == 3 * 938]
-    assert dict(last) == read_pictures(online.run)
-    assert {name for name, *_ in online.server.images} == set(PICTURES)
-    reports = [
-        u for u in online.server.uploads if u["query"].get("extension") == "html"
-    ]
-    assert [u["query"]["fileName"] for u in reports] == ["report.html"]
-
-
-def test_online_the_name_and_the_graph_are_there(online):
-    assert online.server.others["Name"] == online.run.run_dir.name
-    (graph,) = online.server.graphs
-    assert graph["graph"] == str(main.FullyConnectedModel())
-
-
-def test_online_the_address_is_printed_first_and_last(online):
-    (key,) = online.server.experiments
-    address = f"{online.server.root}workspace/project/{key}"
-    lines = online.run.stdout.splitlines()
+def test_online_a_run_goes_on_in_the_same_experiment(cases):
+    """And its address is printed first and last, with the newest archive."""
+    case, fake = cases["online"], cases["online"].server.fake
+    (key,) = fake.experiments
+    address = f"{fake.root}workspace/project/{key}"
+    lines = case.run.stdout.splitlines()
     assert f"Comet: {address}" in lines
-    assert lines[-2].startswith("TRAINING COMPLETE")
-    assert lines[-2].endswith(address)
+    assert f"COMPLETE - {address}; " in lines[-2]
+    assert f"comet upload --force-reupload {case.newest}" in lines[-2]
 
 
-def test_online_no_archive_is_left(online):
-    assert list(online.run.folder.rglob("*.zip")) == []
-    assert "comet upload" not in online.run.stdout
+def test_project_and_workspace_of_the_environment_win(cases):
+    requests = cases["online"].server.fake.requests
+    new = [body for _, path, _, body in requests if path.endswith("/add/run")]
+    assert new[0]["projectName"] == "my-project" and new[0]["teamName"] == "my-team"
 
 
-def test_online_nothing_but_the_bars_is_on_standard_error(online):
-    pieces = [piece for piece in re.split("[\r\n]+", online.run.stderr) if piece]
-    assert pieces
-    assert all(re.fullmatch(r" *\d+%\|.*\| \d+/938 \[.*\] *", p) for p in pieces)
-
-
-def test_the_key_is_written_nowhere(online):
-    files = [path for path in online.run.folder.rglob("*") if path.is_file()]
-    assert len(files) > 8
-    for path in files:
-        assert KEY.encode() not in path.read_bytes()
-
-
-# ----- processes of their own: with Comet's import as it is
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """Runs of main.py, each a new process, side by side: (status, stdout, folder).
-
-    "file": the key is in ~/.comet.config; "constant": in main.py; "off": --comet off,
-    telling at the end which modules there are.
-    """
-    folders = {n: tmp_path_factory.mktemp(n) for n in ("file", "constant", "off")}
-    flags = [str(flag) for flag in (*SMALL, f"--data-dir={main.DATA_DIR}")]
-    (folders["file"] / ".comet.config").write_text(f"[comet]\napi_key = file-{KEY}\n")
-    text = SCRIPT.read_text(encoding="utf-8")
-    constant = f"COMET_API_KEY = 'constant-{KEY}'"
-    text, found = re.subn("(?m)^COMET_API_KEY = .*$", constant, text)
-    assert found == 1
-    (folders["constant"] / "main.py").write_text(text, encoding="utf-8")
-    probe = """
-import json, os, runpy, sys
-
-def tell(status, end=os._exit):
-    print(json.dumps(sorted(sys.modules)), flush=True)
-    end(status)
-
-os._exit = tell
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    commands = {
-        "file": [SCRIPT, *flags, "--comet=online"],
-        "constant": ["main.py", *flags, "--comet=online"],
-        "off": ["-c", probe, SCRIPT, *flags, "--comet=off"],
-    }
-    results = {}
-    with FakeComet() as server:
-        running = {
-            name: subprocess.Popen(
-                [sys.executable, *command],
-                cwd=folders[name],
-                env=clean_environment(folders[name])
-                | {"COMET_URL_OVERRIDE": server.url},
-                stdout=subprocess.PIPE,
-                encoding="utf-8",
+def test_the_printed_commands_upload_all(cases):
+    """`comet upload`, the real one, to servers; one of them knows the experiment."""
+    comet = [sys.executable, "-m", "comet_ml.scripts.comet"]
+    with contextlib.ExitStack() as stack:
+        uploads = []
+        for name in "offline", "online":
+            case, fake = cases[name], stack.enter_context(FakeComet())
+            if name == "online":
+                fake.experiments = cases[name].server.fake.experiments
+            _, _, command = case.run.stdout.splitlines()[-2].rpartition("comet upload ")
+            environment = case.environment | {"COMET_URL_OVERRIDE": fake.url}
+            process = subprocess.Popen(
+                [*comet, "upload", *shlex.split(command)],
+                cwd=case.folder,
+                env=environment | {"COMET_API_KEY": KEY},
             )
-            for name, command in commands.items()
-        }
-        try:
-            for name, process in running.items():
-                output, _ = process.communicate(timeout=120)
-                results[name] = process.returncode, output, folders[name]
-        finally:
-            for process in running.values():
-                process.kill()
-    results["keys"] = {
-        body["apiKey"]
-        for _, path, _, body in server.requests
-        if path.endswith("/add/run")
-    }
-    return results
+            uploads.append((case, fake, process))
+        for case, fake, process in uploads:
+            assert process.wait(120) == 0
+            assert fake.others["Name"] == case.run.run_dir.name
+            assert {name for name, *_ in fake.images} == PICTURES
+            seen = [value for _, value in sorted(fake.metric("loss"))]
+            assert seen == [loss for _, loss in as_losses(Archive(case.newest))]
 
 
-@pytest.mark.parametrize("place", ["file", "constant"])
-def test_the_key_is_found(processes, place):
-    """In Comet's configuration file, in the constant in main.py."""
-    status, output, folder = processes[place]
-    assert status == 0
-    assert f"{place}-{KEY}" in processes["keys"]
-    assert re.search("^Comet: http://127.0.0.1", output, re.MULTILINE)
-    assert list(folder.rglob("*.zip")) == []
+@pytest.mark.parametrize("name", ["file", "constant"])
+def test_code_and_patch_are_tracked_unless_the_key_stands_in_them(cases, name):
+    """The key is found in both places: in Comet's configuration file, in main.py."""
+    case = cases[name]
+    assert case.run.process.exitcode == 0, case.run.stderr
+    requests = case.server.fake.requests
+    keys = {b["apiKey"] for _, path, _, b in requests if path.endswith("/add/run")}
+    assert keys == {KEY}
+    archive = Archive(case.newest)
+    case.check_all_is_in(archive)
+    sent = b"".join(upload["data"] for upload in case.server.fake.uploads)
+    if name == "constant":
+        assert not archive.files.keys() & {"source_code", "git-patch"}
+        assert KEY.encode() not in sent and b"class CNN" not in sent
+        return
+    (code,) = archive.files["source_code"].values()
+    assert code == (case.folder / "main.py").read_bytes()
+    patch = case.folder / "patch.zip"
+    patch.write_bytes(archive.files["git-patch"][None])
+    with zipfile.ZipFile(patch) as content:
+        assert any(b"+LR = 0.0234567" in content.read(n) for n in content.namelist())
+    assert code in sent and patch.read_bytes() in sent
 
 
-def test_off_never_imports_comet(processes):
-    status, output, folder = processes["off"]
-    assert status == 0
-    modules = json.loads(output.splitlines()[-1])
-    assert "torch" in modules
-    assert not [name for name in modules if name.startswith("comet")]
-    assert "comet upload" not in output
-    assert list(folder.rglob("*.zip")) == []
+def test_the_key_is_written_nowhere(cases):
+    key = KEY.encode()
+    for case in cases.values():
+        for path in case.folder.rglob("*"):
+            if path.is_dir() or path.name in (".comet.config", "main.py"):
+                continue
+            assert key not in path.read_bytes(), path
+            if path.suffix == ".zip":
+                with zipfile.ZipFile(path) as archive:
+                    assert not any(key in archive.read(n) for n in archive.namelist())
+    assert any(KEY in str(request) for request in cases["online"].server.fake.requests)
 
 
-def test_a_run_does_without_pyplot(processes):
-    """No window is made, and no figure but main.py's own is touched."""
-    modules = json.loads(processes["off"][1].splitlines()[-1])
-    assert "matplotlib.figure" in modules
-    assert "matplotlib.pyplot" not in modules
+@pytest.mark.parametrize("fault", ["key rejected", "port refused"])
+def test_with_comet_online_a_fault_at_the_start_is_an_error(tmp_path, fault):
+    with FAULTS[fault](Server()) as server:
+        flags = *SHORT, "--comet", "online"
+        case = Case(tmp_path, server, flags, COMET_API_KEY=KEY)
+        assert case.run.wait() == 1, case.run.stderr
+    assert re.fullmatch("main.py: --comet online .*API key.*\n", case.run.stderr)
+    assert "TRAINING" not in case.run.stdout and KEY not in case.run.stderr
+    assert not any(tmp_path.glob("runs/*"))
+
+
+def test_with_comet_online_a_key_is_needed(spawn):
+    run = spawn(*SHORT, "--comet", "online", COMET_API_KEY="YOUR_API_KEY_HERE")
+    assert run.wait() == 2
+    assert re.fullmatch("main.py: .*API key.*COMET_API_KEY.*\n", run.stderr)
+    assert not any(run.folder.glob("runs/*"))
+
+
+class NotInstalled:
+    """Finds no comet_ml, and notes that it was looked for: among sys.meta_path."""
+
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "comet_ml":
+            Path("asked").touch()
+            raise ModuleNotFoundError(name)
+
+
+def be_main_without_comet(*arguments):
+    del sys.modules["comet_ml"]
+    sys.meta_path.insert(0, NotInstalled)
+    conftest._child(*arguments)
+
+
+def test_without_comet_ml_a_run_says_so_and_trains(tmp_path, environment):
+    """And with --comet off, it is not even looked for."""
+    runs = {}
+    for mode in "auto", "off", "offline":
+        flags = [*SHORT, "--comet", mode]
+        (tmp_path / mode).mkdir()
+        target = be_main_without_comet
+        runs[mode] = conftest.Run(flags, tmp_path / mode, environment, target)
+    assert [run.wait() for run in runs.values()] == [0, 0, 2], runs["auto"].stderr
+    for mode in "auto", "off":
+        assert "Test Accuracy" in runs[mode].stdout
+        assert not any(runs[mode].run_dir.glob("*.zip"))
+        assert ("pip install comet-ml" in runs[mode].stdout) == (mode == "auto")
+        assert (tmp_path / mode / "asked").exists() == (mode == "auto")
+    error = "main.py: --comet offline needs: pip install comet-ml\n"
+    assert runs["offline"].stderr == error

@@ -1,26 +1,28 @@
-"""MNIST: what is in the repository, and that it is all that a run needs."""
+"""MNIST: what is in the repository is all that a run needs, and is never written over."""
 
+import contextlib
 import ctypes
+import functools
+import gzip
 import hashlib
+import http.server
 import os
+import resource
 import shutil
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, Run, _child
+from torchvision.datasets import MNIST
 
 import main
 
-DATA = Path(main.__file__).parent / "data"
-RAW = DATA / "MNIST" / "raw"
-SUMS = {  # as torchvision.datasets.MNIST.resources lists them
+RAW = ROOT / "data" / "MNIST" / "raw"
+TRAIN, TRAIN_LABELS, TEST, TEST_LABELS = SUMS = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
@@ -28,27 +30,38 @@ SUMS = {  # as torchvision.datasets.MNIST.resources lists them
 }
 
 
-@pytest.fixture(scope="module")
-def mnist():
-    return main.load_mnist(DATA)
+def md5(data):
+    return hashlib.md5(data).hexdigest()
 
 
 def list_files(folder):
-    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+    return {path: path.lstat().st_mtime_ns for path in Path(folder).rglob("*")}
 
 
-def test_shapes_and_types(mnist):
+@pytest.fixture(scope="module")
+def mnist():
+    return main.load_mnist(str(ROOT / "data"))
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A copy of the four archives, to be damaged: the folder data/MNIST/raw."""
+    yield Path(shutil.copytree(RAW, tmp_path / "data" / "MNIST" / "raw"))
+    shutil.rmtree(tmp_path / "data")  # pytest would keep it
+
+
+# ------------------------------------------------------------------ in the repository
+
+
+def test_every_byte_is_what_gzip_alone_reads(mnist):
     shapes = [tuple(tensor.shape) for tensor in mnist]
     assert shapes == [(60_000, 28, 28), (60_000,), (10_000, 28, 28), (10_000,)]
     types = [torch.uint8, torch.int64, torch.uint8, torch.int64]
     assert [tensor.dtype for tensor in mnist] == types
-
-
-def test_how_often_each_digit_is_there(mnist):
-    training = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert mnist[1].bincount().tolist() == training
-    test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert mnist[3].bincount().tolist() == test
+    for name, tensor in zip(SUMS, mnist):
+        data = gzip.decompress((RAW / name).read_bytes())
+        header = 16 if "images" in name else 8
+        assert tensor.to(torch.uint8).numpy().tobytes() == data[header:], name
 
 
 def test_the_constants_are_the_training_images_mean_and_deviation(mnist):
@@ -57,104 +70,201 @@ def test_the_constants_are_the_training_images_mean_and_deviation(mnist):
     assert round(float(pixels.std()), 4) == main.STD == 0.3081
 
 
-@pytest.mark.parametrize("name", SUMS)
-def test_the_archive_in_the_repository_is_the_original(name):
-    assert hashlib.md5((RAW / name).read_bytes()).hexdigest() == SUMS[name]
-
-
-def test_the_readme_beside_the_data_tells_what_it_is():
-    text = (DATA / "README.md").read_text(encoding="utf-8")
-    for name, md5 in SUMS.items():
-        assert name in text
-        assert md5 in text
+def test_the_archives_are_the_originals_and_the_readme_tells_of_them():
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for name, md5_sum in SUMS.items():
+        assert md5((RAW / name).read_bytes()) == md5_sum
+        assert name in text and md5_sum in text
     for words in ("LeCun", "Cortes", "Burges", "CC BY-SA 3.0"):
         assert words in text
 
 
 def test_git_ignores_what_is_unpacked_and_the_runs_not_the_archives(tmp_path):
-    shutil.copy(Path(main.__file__).parent / ".gitignore", tmp_path)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    raw = "data/MNIST/raw/"
-    ignored = [raw + name.removesuffix(".gz") for name in SUMS]
+    archives = [f"data/MNIST/raw/{name}" for name in SUMS]
+    ignored = [name.removesuffix(".gz") for name in archives]
     ignored += ["runs/20260101-120000-cnn/model.pt"]
-    kept = [raw + name for name in SUMS] + ["main.py", "data/README.md"]
-    told = subprocess.run(
-        ["git", "-C", tmp_path, "check-ignore", *ignored, *kept],
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        check=True,
-    )
-    assert told.stdout.split() == ignored
+    command = ["git", "-C", tmp_path, "check-ignore", *ignored, *archives, "main.py"]
+    assert subprocess.check_output(command, encoding="utf-8").split() == ignored
 
 
-def test_loading_needs_no_network(monkeypatch):
+def be_without_privileges(arguments, folder, out, environment):
+    """Be main.py, without a network, that heeds file modes even if root starts it."""
+
     def refuse(*arguments, **named):
         raise AssertionError("the network was asked for")
 
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
-    assert len(main.load_mnist(DATA)[0]) == 60_000
+    socket.socket.connect = socket.getaddrinfo = refuse
+    header, no_capability = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, no_capability) == 0
+    with pytest.raises(PermissionError):
+        (folder / "data" / "MNIST" / "raw" / "new").touch()
+    _child(arguments, folder, out, environment)
 
 
-def test_loading_leaves_nothing_unpacked(tmp_path, monkeypatch):
-    shutil.copytree(RAW, tmp_path / "data" / "MNIST" / "raw")
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    before = list_files(tmp_path)
-    main.load_mnist(tmp_path / "data")
-    after = list_files(tmp_path)
-    del before[tmp_path / "scratch"], after[tmp_path / "scratch"]
-    assert after == before
+def test_training_works_on_read_only_data_without_a_network(raw, tmp_path, environment):
+    before = list_files(raw)
+    folders = raw, raw.parent, raw.parents[1]
+    for path in folders:
+        path.chmod(0o555)
+    flags = ["--data-dir", "data", "--limit", "64", "--epochs", "1", "--comet", "off"]
+    run = Run(flags, tmp_path, environment, be_without_privileges)
+    status = run.wait()
+    for path in folders:
+        path.chmod(0o755)
+    assert status == 0, run.stderr
+    assert list_files(raw) == before
+    assert (run.run_dir / "model.pt").stat().st_size > 4 * 124_670
 
 
-def test_loading_says_nothing(capfd):
-    main.load_mnist(DATA)
-    assert capfd.readouterr() == ("", "")
+# ------------------------------------------------------------------------------ faults
 
 
-def test_without_archives_the_mirrors_serve(tmp_path, monkeypatch, capfd, mnist):
-    """torchvision downloads, with its bar, from a mirror: here, a real one of our own."""
-    handler = partial(SimpleHTTPRequestHandler, directory=RAW)
-    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        mirror = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(main.MNIST, "mirrors", [mirror])
-        monkeypatch.setattr(main, "__file__", str(tmp_path / "main.py"))
-        monkeypatch.setenv("no_proxy", "*")
-        found = main.load_mnist(tmp_path / "data")
-        server.shutdown()
+def truncated(raw):
+    os.truncate(raw / TRAIN, 5_000_000)
+    return TRAIN
+
+
+def one_flipped_bit(raw):
+    data = bytearray((raw / TRAIN_LABELS).read_bytes())
+    data[20_000] ^= 1
+    (raw / TRAIN_LABELS).write_bytes(data)
+    return TRAIN_LABELS
+
+
+def of_another_data_set(raw):
+    """Fashion-MNIST has the same four names: its labels, sound and packed with gzip."""
+    labels = gzip.decompress((raw / TRAIN_LABELS).read_bytes())
+    (raw / TRAIN_LABELS).write_bytes(gzip.compress(labels[:8] + labels[:7:-1]))
+    return TRAIN_LABELS
+
+
+def a_folder(raw):
+    (raw / TEST).unlink()
+    (raw / TEST).mkdir()
+    return TEST
+
+
+FAULTS = [truncated, one_flipped_bit, of_another_data_set, a_folder]
+
+
+@pytest.fixture
+def train(tmp_path, capsys):
+    """train(data_dir): what main.py --data-dir says on standard error, and its status."""
+
+    def call(data_dir):
+        flags = "--limit=64", "--epochs=1", f"--output-dir={tmp_path / 'runs'}"
+        status = main.main([*flags, "--comet=off", "--data-dir", str(data_dir)])
+        errors = capsys.readouterr().err
+        if status:  # no empty folder is left
+            assert not any(tmp_path.glob("runs/*"))
+        return status, errors
+
+    return call
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_file_that_is_not_mnists_is_named_and_left_as_it_is(fault, raw, train):
+    name = fault(raw)
+    before = list_files(raw)
+    contents = [path.read_bytes() for path in before if path.is_file()]
+    status, errors = train(raw.parents[1])
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert errors.startswith("main.py: ") and str(raw / name) in errors
+    assert "MD5 sum" in errors and SUMS[name] in errors
+    assert list_files(raw) == before
+    assert [path.read_bytes() for path in before if path.is_file()] == contents
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """mirror(folder): have MNIST downloaded from a server of that folder."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as refusing:
+        closed = f"http://127.0.0.1:{refusing.getsockname()[1]}/"
+    monkeypatch.setattr(MNIST, "mirrors", [closed])
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with contextlib.ExitStack() as stack:
+
+        def start(folder):
+            handler = functools.partial(Handler, directory=folder)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            stack.enter_context(server)
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            address = f"http://127.0.0.1:{server.server_port}/"
+            monkeypatch.setattr(MNIST, "mirrors", [address])
+
+        yield start
+
+
+def test_without_a_file_the_second_mirror_serves_and_it_is_kept(
+    tmp_path, mirror, mnist, monkeypatch, capfd
+):
+    (closed,) = MNIST.mirrors
+    mirror(RAW)
+    monkeypatch.setattr(MNIST, "mirrors", [closed, *MNIST.mirrors])
+    found = main.load_mnist(str(tmp_path / "data"))
     assert all(torch.equal(*pair) for pair in zip(found, mnist))
-    assert "100%" in capfd.readouterr().err
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    assert {p.name: md5(p.read_bytes()) for p in raw.iterdir()} == SUMS
+    assert TRAIN in capfd.readouterr().out
+    shutil.rmtree(raw)
 
 
-def obey_file_modes():
-    """Make root heed read-only files as everybody must: drop two of its capabilities."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+def test_a_download_that_cannot_be_kept_is_used_all_the_same(tmp_path, mirror, mnist):
+    """No file may grow above 1 MB here; no half of one stays."""
+    mirror(RAW)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        found = main.load_mnist(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(torch.equal(*pair) for pair in zip(found, mnist))
+    kept = {p.name: md5(p.read_bytes()) for p in tmp_path.rglob("*.gz*")}
+    assert kept == {name: SUMS[name] for name in (TRAIN_LABELS, TEST_LABELS)}
 
 
-def test_training_works_on_read_only_data(tmp_path, environment):
-    script = shutil.copy(main.__file__, tmp_path)
-    shutil.copytree(RAW, tmp_path / "data" / "MNIST" / "raw")
-    before = list_files(tmp_path / "data")
-    for path in [tmp_path / "data", *before]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    limit = obey_file_modes if os.geteuid() == 0 else None
-    flags = ["--limit", "200", "--epochs", "1", "--comet", "off"]
-    touched, trained = (
-        subprocess.run(
-            command, cwd=tmp_path, env=environment, preexec_fn=limit, check=False
-        )
-        for command in (
-            ["touch", "data/MNIST/raw/new"],
-            [sys.executable, script, *flags],
-        )
-    )
-    assert touched.returncode != 0
-    assert trained.returncode == 0
-    assert list_files(tmp_path / "data") == before
-    (model,) = tmp_path.glob("runs/*/model.pt")
-    assert model.stat().st_size > 4 * 124_670
+def test_a_mirror_with_another_file_is_an_error(raw, tmp_path, mirror, train):
+    shutil.copytree(RAW, tmp_path / "served")
+    name = one_flipped_bit(tmp_path / "served")
+    (raw / name).unlink()
+    mirror(tmp_path / "served")
+    status, errors = train(raw.parents[1])
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert name in errors and SUMS[name] in errors
+    assert not (raw / name).exists()
+
+
+def test_a_mirror_that_breaks_off_is_an_error(raw, mirror, train, monkeypatch):
+    (raw / TRAIN).unlink()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def break_off():
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9912422\r\n\r\nabc")
+            connection.close()
+
+        threading.Thread(target=break_off, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(MNIST, "mirrors", [address])
+        status, errors = train(raw.parents[1])
+    assert status == 2 and "Traceback" not in errors, errors
+    assert str(raw / TRAIN) in errors and not (raw / TRAIN).exists()
+
+
+def test_without_files_and_mirrors_the_error_says_what_to_put_where(
+    tmp_path, mirror, train
+):
+    status, errors = train(tmp_path / "nothing")
+    assert status == 2 and errors.count("\n") == 1, errors
+    path = tmp_path / "nothing" / "MNIST" / "raw" / TRAIN
+    assert str(path) in errors and SUMS[TRAIN] in errors and "put" in errors
+    assert not (tmp_path / "nothing").exists()

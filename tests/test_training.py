@@ -1,16 +1,19 @@
 """Training and evaluation, compared with the plain form of both; the seed."""
 
 import copy
-import gc
-import signal
+import json
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_here, watch_training
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import main
+
+QUICK = "--limit", 1000, "--epochs", 2, "--batch-size", 15
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +21,14 @@ def mnist():
     return main.load_mnist(main.DATA_DIR)
 
 
+def normalise(images):
+    return (images[:, None] / 255 - 0.1307) / 0.3081
+
+
 @pytest.fixture(scope="module")
 def digits(mnist):
     """301 test images as the CNN takes them, and their labels."""
-    images, labels = mnist[2][:301], mnist[3][:301]
-    return main.prepare(images, main.CNN()), labels
+    return normalise(mnist[2][:301]), mnist[3][:301]
 
 
 def split(images, labels, size):
@@ -42,12 +48,15 @@ def test_evaluate_weighs_every_image_the_same(model, digits):
     """The last batch has one image: the mean of the batches' means is another number."""
     images, labels = digits
     with torch.no_grad():
-        expected = float(F.cross_entropy(model(images), labels))
-        halves = model(images[:300]), model(images[300:])
-    naive = sum(map(F.cross_entropy, halves, (labels[:300], labels[300:]))) / 2
-    assert abs(float(naive) - expected) > 1e-3
-    loss, _ = main.evaluate(model, split(images, labels, 300))
+        logits = model(images)
+    expected = float(F.cross_entropy(logits, labels))
+    parts = zip(logits.split(300), labels.split(300))
+    naive = sum(float(F.cross_entropy(*part)) for part in parts) / 2
+    assert abs(naive - expected) > 1e-3
+    loss, accuracy, found = main.evaluate(model, split(images, labels, 300))
+    assert [type(loss), type(accuracy)] == [float, float]
     assert loss == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
 
 
 def test_evaluate_finds_the_loss_and_accuracy_of_a_known_model():
@@ -56,58 +65,51 @@ def test_evaluate_finds_the_loss_and_accuracy_of_a_known_model():
     labels = torch.tensor([1, 2, 3, 9, 9])
     batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
     right, wrong = torch.tensor([4.0, 0.0]) - torch.tensor(4.0).exp().add(9).log()
-    loss, accuracy = main.evaluate(torch.nn.Identity(), batches)
+    loss, accuracy, found = main.evaluate(torch.nn.Identity(), batches)
     assert accuracy == 3 / 5
     assert loss == pytest.approx(-float(3 * right + 2 * wrong) / 5, abs=1e-6)
-
-
-def test_evaluate_takes_another_loss_function(digits):
-    loss, _ = main.evaluate(main.CNN(), [digits], lambda logits, labels: labels.sum())
-    assert loss == float(digits[1].sum())
-
-
-def test_evaluate_returns_plain_numbers(model, digits):
-    assert [type(number) for number in main.evaluate(model, [digits])] == [float, float]
-
-
-def test_evaluate_computes_no_gradients(model, digits):
-    seen = []
-
-    def loss_function(logits, labels):
-        seen.append(logits.grad_fn)
-        return F.cross_entropy(logits, labels)
-
-    main.evaluate(model, [digits], loss_function)
-    assert seen == [None]
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(found, logits)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluate_puts_the_model_back_into_its_mode(model, digits, training):
-    modes = []
+def test_evaluate_uses_no_gradients_and_puts_the_mode_back(model, digits, training):
+    """And it takes another loss function."""
+    seen = []
 
     def loss_function(logits, labels):
-        modes.append(model.training)
-        return F.cross_entropy(logits, labels)
+        seen.append((logits.grad_fn, model.training))
+        return labels.float().mean()
 
-    main.evaluate(model.train(training), [digits], loss_function)
-    assert modes == [False]
+    model.train(training)
+    loss, *_ = main.evaluate(model, split(*digits, 200), loss_function)
+    assert loss == pytest.approx(float(digits[1].float().mean()))
+    assert seen == [(None, False)] * 2
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(module.training is training for module in model.modules())
 
 
 def test_evaluate_takes_a_data_loader(model, digits):
     loader = DataLoader(TensorDataset(*digits), batch_size=64)
     expected = main.evaluate(model, [digits])
-    assert main.evaluate(model, loader) == pytest.approx(expected, abs=1e-5)
+    assert main.evaluate(model, loader)[:2] == pytest.approx(expected[:2], abs=1e-5)
 
 
-def test_evaluate_refuses_an_empty_data_set(model, digits):
+def test_evaluate_refuses_an_empty_data_set(model):
     with pytest.raises(ValueError, match="no images"):
         main.evaluate(model, [])
     assert model.training
 
 
 # ----- train_epoch
+
+
+def train(model, batches, optimizer, on_step=lambda loss: None, factor=None):
+    """Call main.train_epoch, with a constant learning rate if there is no factor."""
+    scheduler = LambdaLR(optimizer, factor or (lambda step: 1))
+    loss_function = F.cross_entropy
+    return main.train_epoch(
+        model, batches, loss_function, optimizer, scheduler, on_step
+    )
 
 
 def train_plainly(model, batches, optimizer):
@@ -133,39 +135,35 @@ def test_train_epoch_is_the_textbooks_loop(model, digits, kind):
     optimizer = kind(model.parameters(), lr=0.01)
     plain = kind(other.parameters(), lr=0.01)
     for _ in range(2):
-        found = main.train_epoch(
-            model, batches, F.cross_entropy, optimizer, lambda loss: None
-        )
-        assert found == pytest.approx(train_plainly(other, batches, plain), abs=1e-6)
+        expected = train_plainly(other, batches, plain)
+        assert train(model, batches, optimizer) == pytest.approx(expected, abs=1e-6)
     for mine, its in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-6)
 
 
-def test_train_epoch_trains_in_training_mode(model, digits):
-    modes = []
-    main.train_epoch(
-        model.eval(),
-        [digits],
-        F.cross_entropy,
-        torch.optim.SGD(model.parameters(), lr=0.01),
-        lambda loss: modes.append(model.training),
-    )
-    assert modes == [True]
-
-
 def test_train_epoch_hands_out_each_steps_loss(model, digits):
-    """On the device, and without the graph that led to it."""
-    losses = []
-    found, _ = main.train_epoch(
-        model,
-        split(*digits, 43),
-        F.cross_entropy,
-        torch.optim.SGD(model.parameters(), lr=0.01),
-        losses.append,
-    )
-    assert len(losses) == 301 / 43
+    """In training mode; the loss without the graph that led to it."""
+    losses, modes = [], []
+
+    def on_step(loss):
+        losses.append(loss)
+        modes.append(model.training)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss, _ = train(model.eval(), split(*digits, 43), optimizer, on_step)
+    assert modes == [True] * (301 // 43)
     assert all(torch.is_tensor(x) and not x.requires_grad for x in losses)
-    assert float(torch.stack(losses).mean()) == pytest.approx(found, abs=1e-6)
+    assert float(torch.stack(losses).mean()) == pytest.approx(loss, abs=1e-6)
+
+
+def test_train_epoch_steps_the_schedule_once_a_step(model, digits):
+    optimizer, rates = torch.optim.SGD(model.parameters(), lr=0.1), []
+
+    def on_step(loss):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    train(model, split(*digits, 43), optimizer, on_step, lambda step: 1 / (1 + step))
+    assert rates == pytest.approx([0.1 / (2 + step) for step in range(7)])
 
 
 READINGS = "item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__"
@@ -189,183 +187,108 @@ def test_no_step_waits_for_the_device(model, digits, monkeypatch):
     """All that is read of 7 steps are the two sums, when the steps are done."""
     events = []
     watch_readings(monkeypatch, events.append)
-    main.train_epoch(
-        model,
-        split(*digits, 43),
-        F.cross_entropy,
-        torch.optim.SGD(model.parameters(), lr=0.01),
-        lambda loss: events.append("step"),
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    train(model, split(*digits, 43), optimizer, lambda loss: events.append("step"))
     assert events[:-2] == ["step"] * 7
     assert set(events[-2:]) <= set(READINGS)
 
 
-# ----- a whole run, and what the model sees in it
+# ----- whole runs of two epochs of 1,000 images, and what the model sees in them
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """shown(seed): what a run of two epochs of 1,000 images does.
+def runs(tmp_path_factory):
+    """Three runs: seed 5, 5 again, and 6. See watch_training.
 
-    A list: the first weights, the batches that the model is trained on, and between
-    them the names in READINGS. shown(seed, 1) is another such run.
+    Each one's folder, its epochs, and at which of an epoch's steps numbers were read.
     """
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    known = {}
 
-    def run(seed, attempt=0):
-        if (seed, attempt) in known:
-            return known[seed, attempt]
-        events, forward = known.setdefault((seed, attempt), []), main.CNN.forward
-
-        def record(model, x):
-            if model.training and len(x) > 2:  # the summary is made with 2
-                if not events:
-                    events.append(model.fc1.weight.detach().clone())
-                events.append(x.flatten(1).clone())
-            return forward(model, x)
-
-        def note(name):
-            if events:
-                events.append(name)
-
-        flags = ["--limit=1000", "--epochs=2", "--batch-size=15", "--comet=off"]
-        flags += [f"--seed={seed}", f"--output-dir={tmp_path_factory.mktemp('runs')}"]
+    def run(name, seed):
+        readings = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(main.CNN, "forward", record)
-            watch_readings(patch, note)
-            assert main.main(main.read_settings(flags)) == 0
-        return events
+            epochs = watch_training(patch)
+            watch_readings(
+                patch, lambda name: epochs and readings.append(len(epochs[-1].rates))
+            )
+            folder = tmp_path_factory.mktemp(name)
+            run_dir = run_here(folder, *QUICK, "--seed", seed)
+        torch.rand(7)  # what else this process draws is of no matter
+        return run_dir, epochs, readings
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def get_epochs(events):
-    _, *batches = [event for event in events if torch.is_tensor(event)]
-    return batches[:67], batches[67:]
+    return run("one", 5), run("same", 5), run("other", 6)
 
 
-def as_bytes(images):
-    return [row.numpy().tobytes() for row in images]
+def get_images(epoch):
+    return torch.cat([images for images, _ in epoch.batches])
 
 
-def test_an_epoch_has_67_batches_the_last_one_uneven(shown):
-    for epoch in get_epochs(shown(0)):
-        assert [len(batch) for batch in epoch] == [15] * 66 + [10]
+def get_rows(images):
+    return [row.numpy().tobytes() for row in images.flatten(1)]
 
 
-def test_an_epoch_shows_each_image_once(shown, mnist):
-    expected = main.prepare(mnist[0][:1000], main.CNN()).flatten(1)
-    for epoch in get_epochs(shown(0)):
-        assert Counter(as_bytes(torch.cat(epoch))) == Counter(as_bytes(expected))
+def test_an_epoch_has_67_batches_the_last_one_uneven(runs):
+    epochs = runs[0][1]
+    assert len(epochs) == 2
+    for epoch in epochs:
+        assert [len(labels) for _, labels in epoch.batches] == [15] * 66 + [10]
+        assert set(epoch.rates) == {0.01}
 
 
-def test_every_epoch_has_its_own_order(shown, mnist):
-    unshuffled = main.prepare(mnist[0][:15], main.CNN()).flatten(1)
-    first, second = (epoch[0] for epoch in get_epochs(shown(0)))
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, unshuffled)
+def test_an_epoch_shows_each_image_once_with_its_label(runs, mnist):
+    """What the CNN looks at of it: 26 rows and columns."""
+    images = normalise(mnist[0][:1000])[..., :26, :26]
+    expected = Counter(zip(get_rows(images), mnist[1][:1000].tolist()))
+    for epoch in runs[0][1]:
+        labels = torch.cat([labels for _, labels in epoch.batches]).tolist()
+        assert Counter(zip(get_rows(get_images(epoch)), labels)) == expected
 
 
-def test_the_seed_decides_the_order(shown):
-    runs = shown(0), shown(0, 1), shown(1)
-    one, same, other = (torch.cat(get_epochs(events)[0]) for events in runs)
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+def test_every_epoch_has_its_own_order(runs, mnist):
+    first, second = (get_images(epoch) for epoch in runs[0][1])
+    unshuffled = normalise(mnist[0][:1000])[..., :26, :26]
+    for one, other in ((first, second), (first, unshuffled), (second, unshuffled)):
+        assert (one != other).flatten(1).any(dim=1).float().mean() > 0.9
 
 
-def test_the_seed_decides_the_first_weights(shown):
-    one, same, other = (events[0] for events in (shown(0), shown(0, 1), shown(1)))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+def test_the_seed_decides_order_and_weights_to_the_bit(runs):
+    one, same, other = (epochs[0] for _, epochs, _ in runs)
+    assert torch.equal(get_images(one), get_images(same))
+    assert not torch.equal(get_images(one), get_images(other))
+    for name, weights in one.weights.items():
+        assert torch.equal(weights, same.weights[name])
+        assert not torch.equal(weights, other.weights[name])
 
 
-def test_the_losses_are_read_now_and_then(shown):
-    """A person sees five a second: far fewer than the 67 steps of the first epoch."""
-    events = [torch.is_tensor(event) for event in shown(0)]
-    end = [i for i, is_batch in enumerate(events) if is_batch][67]
-    assert events[:end].count(False) < 67 / 2
+def test_the_seed_decides_the_result_to_the_bit(runs):
+    one, same, other = ((run / "model.pt").read_bytes() for run, *_ in runs)
+    assert one == same != other
+
+
+def test_numbers_are_read_now_and_then(runs):
+    """A person sees five a second: far fewer than the 67 steps of each epoch."""
+    steps = [step for step in runs[0][2] if 0 < step < 67]
+    assert len(steps) < 67
+
+
+# ----- the loop of a run
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        (64, [64, 64, 64, 8]),
-        (6, [6] * 33 + [2]),  # more batches than are prepared at once
-        ([5, 0] * 20 + [100], [5, 0] * 20 + [100]),  # as torchrun's processes may have
-    ],
+    ("model", "optimizer", "lr"), [("cnn", "adam", 0.002), ("fc", "sgd", 0.05)]
 )
-def test_images_and_labels_stay_together(mnist, size, expected):
-    images, labels = mnist[0][:200], mnist[1][:200]
-    order = torch.randperm(200)
-    model = main.CNN()
-    batches = list(main.make_batches(images, labels, size, order, model))
-    assert [(len(x), len(y)) for x, y in batches] == [(n, n) for n in expected]
-    prepared = main.prepare(images[order], model)
-    assert torch.equal(torch.cat([x for x, _ in batches]), prepared)
-    assert torch.equal(torch.cat([y for _, y in batches]), labels[order])
-
-
-# ----- prepare
-
-
-def test_prepared_training_images_have_mean_0_and_deviation_1(mnist):
-    x = main.prepare(mnist[0], main.FullyConnectedModel())
-    assert (x.shape, x.dtype) == ((60_000, 1, 28, 28), torch.float32)
-    assert abs(float(x.mean())) < 0.001
-    assert abs(float(x.std()) - 1) < 0.001
-
-
-def test_the_cnn_gets_the_upper_left_part(mnist):
-    images = mnist[0][:100]
-    whole = main.prepare(images, main.FullyConnectedModel())
-    assert torch.equal(main.prepare(images, main.CNN()), whole[:, :, :26, :26])
-
-
-def test_prepare_leaves_the_images_as_they_are(mnist):
-    images = mnist[0][:100]
-    before = images.clone()
-    main.prepare(images, main.FullyConnectedModel())
-    assert torch.equal(images, before)
-
-
-# ----- the seed
-
-
-def test_the_seed_decides_the_result(spawn, tmp_path):
-    """Weights and metrics of two runs are the same to the bit; another seed's are not."""
-    runs = {}
-    for name, seed in {"one": 5, "same": 5, "other": 6}.items():
-        (tmp_path / name).mkdir()
-        runs[name] = spawn(
-            *("--limit", 1000, "--epochs", 2, "--batch-size", 48),
-            *("--comet", "off", "--seed", seed),
-            folder=tmp_path / name,
-        )
-    weights, metrics = {}, {}
-    for name, run in runs.items():
-        assert run.wait() == 0, run.stderr
-        weights[name] = (run.run_dir / "model.pt").read_bytes()
-        metrics[name] = run.json("metrics.json")
-        del metrics[name]["epoch_seconds"]
-    assert weights["one"] == weights["same"]
-    assert metrics["one"] == metrics["same"]
-    assert weights["one"] != weights["other"]
-    assert all(
-        metrics["one"][name] != metrics["other"][name] for name in metrics["one"]
-    )
-
-
-def test_training_collects_garbage_again(tmp_path):
-    """main.py, when it is run, switches it off for the imports: a long run needs it."""
-    settings = main.read_settings(["--limit=64", "--epochs=1", "--comet=off"])
-    gc.disable()
-    try:
-        run = main.Run(settings, tmp_path)
-        tracker = main.Tracker("off", tmp_path)
-        run.train(main.Monitor(run.progress["losses"], tmp_path / "c.png", tracker))
-        assert gc.isenabled()
-    finally:
-        gc.enable()
+def test_customised_training_is_the_textbooks(tmp_path, mnist, model, optimizer, lr):
+    """A batch of all images leaves no order to choose: a plain loop tells the losses."""
+    flags = ["--model", model, "--optimizer", optimizer, "--lr", lr, "--device", "cpu"]
+    flags += ["--epochs", 3, "--batch-size", 500, "--limit", 500, "--seed", 4]
+    run_dir = run_here(tmp_path, *flags)
+    torch.manual_seed(4)
+    network = {"cnn": main.CNN, "fc": main.FullyConnectedModel}[model]()
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+    plain = kind(network.parameters(), lr=lr)
+    batches = [(normalise(mnist[0][:500]), mnist[1][:500])]
+    losses = [train_plainly(network, batches, plain)[0] for _ in range(3)]
+    assert max(losses) - min(losses) > 0.05
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["losses"] == pytest.approx(losses, abs=2e-3)
+    assert metrics["train_loss"] == pytest.approx(losses, abs=2e-3)
+    assert run_dir.name.endswith("-" + model)

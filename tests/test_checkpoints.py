@@ -1,0 +1,175 @@
+"""Files from elsewhere: their code does not run, and what is wrong is told in a line."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+
+import pytest
+import torch
+from conftest import complete
+
+import main
+
+QUICK = "--limit", "64", "--epochs", "1", "--comet", "off"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{model: the folder of a small run that has ended well}."""
+    folder, runs = tmp_path_factory.mktemp("runs"), {}
+    for model, optimizer in (("cnn", "sgd"), ("fc", "adam")):
+        flags = *QUICK, "--model", model, "--optimizer", optimizer
+        runs[model] = complete(folder / model, *flags).run_dir
+    return runs
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def with_code(path):
+    torch.save({"model": Evil(), "settings": {}}, path)
+
+
+def with_code_in_a_sound_file(path):
+    """Put the code where the tensors of a sound checkpoint are listed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            evil = pickle.dumps(Evil(), protocol=2)
+            archive.writestr(name, evil if name.endswith("data.pkl") else data)
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def text(path):
+    path.write_text("not a checkpoint\n", encoding="ascii")
+
+
+def a_list(path):
+    torch.save([1, 2], path)
+
+
+def of_another_script(path):
+    torch.save(torch.nn.Linear(784, 10).state_dict(), path)
+
+
+def one_weight_less(path):
+    change(path, lambda saved: saved.get("model", saved).pop("fc2.bias"))
+
+
+def one_weight_of_another_shape(path):
+    def reshape(saved):
+        saved.get("model", saved)["fc1.weight"] = torch.ones(128, 7)
+
+    change(path, reshape)
+
+
+def without_history(path):
+    change(path, lambda saved: saved.pop("history"))
+
+
+def change(path, how):
+    saved = torch.load(path, weights_only=True)
+    how(saved)
+    torch.save(saved, path)
+
+
+EVIL = [with_code, with_code_in_a_sound_file]
+DAMAGED = [*EVIL, truncated, text, a_list, of_another_script]
+MISFITS = [one_weight_less, one_weight_of_another_shape]
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capsys):
+    """refuse(name, *flags): check that main.py refuses the file, in one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(name, *flags, lines=1):
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+        assert main.main(list(map(str, flags))) == 2
+        errors = capsys.readouterr().err
+        told = errors.splitlines()[-1]
+        assert told.startswith("main.py: ") and name in told, errors
+        assert errors.count("\n") == lines and len(told) < 1000, errors
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+    return check
+
+
+@pytest.mark.parametrize("fault", [*DAMAGED, *MISFITS, without_history])
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(tmp_path, runs, refuse, fault):
+    folder = shutil.copytree(runs["fc"], tmp_path / "run")
+    fault(folder / "checkpoint.pt")
+    refuse("checkpoint.pt", "--resume", folder, "--epochs", 2)
+
+
+def test_a_checkpoint_of_the_other_model_is_refused(tmp_path, runs, refuse):
+    folder = shutil.copytree(runs["fc"], tmp_path / "run")
+    shutil.copy(runs["cnn"] / "checkpoint.pt", folder)
+    refuse("checkpoint.pt", "--resume", folder, "--epochs", 2)
+
+
+def copy_with_setting(folder, runs, name, value):
+    """Return a copy of the fc run with another setting in its config.json."""
+    run = shutil.copytree(runs["fc"], folder / "run")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config["settings"][name] = value
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return run
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, runs, refuse):
+    """Its optimizer would go on with another learning rate than config.json says."""
+    folder = copy_with_setting(tmp_path, runs, "lr", 0.5)
+    refuse("checkpoint.pt", "--resume", folder, "--epochs", 2)
+
+
+@pytest.mark.parametrize("fault", [*DAMAGED, *MISFITS])
+def test_a_model_that_cannot_classify_is_refused(tmp_path, runs, refuse, fault):
+    path = shutil.copy(runs["cnn"] / "model.pt", tmp_path)
+    fault(tmp_path / "model.pt")
+    refuse("model.pt", "--predict", "digit.png", "--checkpoint", path)
+
+
+CONFIGS = '{"settings": ', "[" * 100_000, "[1, 2]", "{}", '{"settings": 7}'
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config[:12])
+def test_a_damaged_config_is_refused(tmp_path, runs, refuse, config):
+    folder = shutil.copytree(runs["fc"], tmp_path / "run")
+    (folder / "config.json").write_text(config, encoding="ascii")
+    refuse("config.json", "--resume", folder)
+
+
+@pytest.mark.parametrize("setting, value", [("lr", "fast"), ("batch_size", None)])
+def test_a_config_with_an_impossible_setting_is_refused(
+    tmp_path, runs, refuse, setting, value
+):
+    folder = copy_with_setting(tmp_path, runs, setting, value)
+    flag = f"--{setting.replace('_', '-')}"
+    refuse(flag, "--resume", folder, lines=2)  # argparse's usage is before it
+
+
+@pytest.mark.parametrize("place", ["nothing", "empty", "file.txt"])
+def test_what_is_no_run_folder_is_refused(tmp_path, refuse, place):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("text", encoding="ascii")
+    refuse("not a run folder", "--resume", place)
+
+
+def test_what_is_changed_here_is_otherwise_sound(tmp_path, runs, capsys):
+    """And runs/NAME/checkpoint.pt is taken as its folder."""
+    folder = shutil.copytree(runs["fc"], tmp_path / "run")
+    path = folder / "checkpoint.pt"
+    change(path, lambda saved: None)
+    assert main.main(["--resume", str(path), "--epochs", "2"]) == 0
+    assert "Epoch 2/2" in capsys.readouterr().out
