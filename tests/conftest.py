@@ -118,16 +118,16 @@ def run_here(folder, *arguments, status=0):
 
 
 def watch_training(patch, stop_in=None):
-    """Have a list filled with what each epoch's training is given, one object an epoch.
+    """Have a list filled with what each epoch's training is given: an object an epoch.
 
-    weights: at its start. batches: the images and labels of each step. rates: their
-    learning rates. loss_function, optimizer. Epoch `stop_in` is stopped by a Ctrl-C.
+    Its first weights; batches and rates (learning rates), one a step; loss_function;
+    optimizer. Epoch `stop_in` is stopped by a Ctrl-C.
     """
     import main
 
     epochs, train_epoch = [], main.train_epoch
 
-    def watched(model, batches, loss_function, optimizer, scheduler, on_step):
+    def watched(model, batches, loss_function, optimizer, *more, **named):
         weights = {name: w.clone() for name, w in model.state_dict().items()}
         epoch = SimpleNamespace(weights=weights, batches=[], rates=[])
         epoch.loss_function, epoch.optimizer = loss_function, optimizer
@@ -141,9 +141,7 @@ def watch_training(patch, stop_in=None):
                 if len(epochs) == stop_in:
                     raise KeyboardInterrupt
 
-        return train_epoch(
-            model, note(), loss_function, optimizer, scheduler, on_step=on_step
-        )
+        return train_epoch(model, note(), loss_function, optimizer, *more, **named)
 
     patch.setattr(main, "train_epoch", watched)
     return epochs

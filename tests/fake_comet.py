@@ -2,7 +2,7 @@
 
     with FakeComet() as server:
         ...  # COMET_URL_OVERRIDE=server.url, COMET_API_KEY=anything
-    server.metrics, server.params, server.images, ...
+    server.metrics, server.params, server.images, ...  # as in offline.Archive
 
 comet-ml 3.58 takes it for Comet. What it receives it keeps, in memory.
 """
@@ -18,26 +18,40 @@ from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+ABOUT = {  # whatever is asked
+    "version": "4.99.0",
+    "runId": "run-1",
+    "project_id": "project-1",
+    "upload_file_size_limit_in_mb": 500,
+    "featureToggles": [],
+    "is_alive_beat_duration_millis": 10000,
+    "remoteProcedureCalls": [],
+    "gpu_monitor_interval_millis": 60000,
+    "cpu_monitor_interval_millis": 60000,
+    "parameter_update_interval_millis": 1000,
+    "pending_rpcs": False,
+    "workspaceName": "workspace",
+    "projectName": "project",
+}
+
 
 class FakeComet:
     """The server. Its attributes may be changed while it runs.
 
-    `delay`: seconds before each answer. `fail`: {end of a path: status to answer with};
-    the end "" is that of all paths. `bad_key`: say of any key that it is unknown.
-    Leaving the `with` block cuts all connections, so that it doubles as an outage.
+    `delay`: seconds before each answer. `fail`: an end of paths to answer with 500.
+    `bad_key`: say of any key that it is unknown. Leaving the `with` block cuts all
+    connections, so that it doubles as an outage.
     """
 
-    def __init__(self, port=0, bad_key=False, delay=0.0, fail=None):
-        self.bad_key, self.delay, self.fail = bad_key, delay, fail or {}
+    def __init__(self, bad_key=False, delay=0.0, fail=None):
+        self.bad_key, self.delay, self.fail = bad_key, delay, fail
         self.lock = threading.Lock()
         self.connections = []
         self.experiments = set()  # their keys
-        self.requests = []  # (method, path, query, body: what the JSON says)
-        self.metrics = []  # dicts: metricName, metricValue, step, epoch, timestamp
-        self.params = []  # dicts: parameterName, parameterValue, step
-        self.others = {}  # the name of the experiment is others["Name"]
-        self.graphs = []
-        self.uploads = []  # dicts: path, query, filename, data
+        self.requests = []  # (path, what the JSON says)
+        self.metrics = {}  # name: [(step, epoch, value), ...]
+        self.params, self.images, self.files = {}, {}, {}
+        self.name = self.graph = None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,10 +74,9 @@ class FakeComet:
 
             do_GET = do_POST = do_PUT = do_DELETE = answer
 
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.httpd.daemon_threads = True
-        self.port = self.httpd.server_address[1]
-        self.root = f"http://127.0.0.1:{self.port}/"
+        self.root = f"http://127.0.0.1:{self.httpd.server_port}/"
         self.url = self.root + "clientlib/"  # for COMET_URL_OVERRIDE
 
     def __enter__(self):
@@ -78,20 +91,6 @@ class FakeComet:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def metric(self, name):
-        """Return [(step, value), ...] as received."""
-        found = (m for m in self.metrics if m["metricName"] == name)
-        return [(m.get("step"), float(m["metricValue"])) for m in found]
-
-    @property
-    def images(self):
-        """Return [(name, step, data), ...] as received."""
-        end = "visualizations/upload"
-        found = (u for u in self.uploads if u["path"].endswith(end))
-        return [
-            (u["query"]["figName"], int(u["query"]["step"]), u["data"]) for u in found
-        ]
-
     def handle(self, handler):
         """Read one request, keep it, and answer it."""
         headers = handler.headers
@@ -105,7 +104,7 @@ class FakeComet:
         path = "/" + "/".join(part for part in url.path.split("/") if part)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         time.sleep(self.delay)
-        files, body = [], None
+        files, body = [], {}
         kind = headers.get("Content-Type", "")
         if kind.startswith("multipart/form-data"):
             files = read_multipart(kind, raw)
@@ -113,7 +112,7 @@ class FakeComet:
             with contextlib.suppress(ValueError):
                 body = json.loads(raw)
         with self.lock:
-            self.requests.append((handler.command, path, query, body))
+            self.requests.append((path, body))
             status, reply = self.take(path, query, body, files)
         reply = json.dumps(reply).encode()
         handler.send_response(status)
@@ -124,72 +123,33 @@ class FakeComet:
 
     def take(self, path, query, body, files):
         """Keep what a request brings; return the answer, a status and a dict."""
-        for end, status in self.fail.items():
-            if path.endswith(end):
-                return status, {"msg": "forced failure", "sdk_error_code": 0}
-        body = body if isinstance(body, dict) else {}
-        if self.bad_key and path.startswith("/api/rest/"):
-            return 401, {"msg": "Invalid API key", "sdk_error_code": 0}
+        if self.fail and path.endswith(self.fail):
+            return 500, {"msg": "forced failure", "sdk_error_code": 0}
         if path.endswith(("/logger/add/run", "/logger/get/run")):
             key = body.get("experimentKey") or body.get("previousExperiment")
-            if self.bad_key:
-                message, code = "API key is not registered", 90212
-                return 400, {"msg": message, "sdk_error_code": code}
             new = path.endswith("/add/run") and not body.get("getOrCreateEnabled")
+            if self.bad_key:
+                return 400, {"msg": "no such API key", "sdk_error_code": 90212}
             if new and key in self.experiments:
-                message, code = "experiment exists already", 90999
-                return 400, {"msg": message, "sdk_error_code": code}
+                return 400, {"msg": "it exists already", "sdk_error_code": 90999}
             self.experiments.add(key)
-            return 200, self.describe_run()
-        if path.endswith("/isAlive/ver"):
-            return 200, {"version": "4.99.0"}
-        if path.endswith("/status-report/update"):
-            return 200, {
-                "is_alive_beat_duration_millis": 10000,
-                "gpu_monitor_interval_millis": 60000,
-                "cpu_monitor_interval_millis": 60000,
-                "parameter_update_interval_millis": 1000,
-                "pending_rpcs": False,
-            }
-        if path.endswith("/get-pending-rpcs"):
-            return 200, {"remoteProcedureCalls": []}
-        if path.endswith("/experiment/metadata"):
-            key = query.get("experimentKey")
-            if key not in self.experiments:
-                return 404, {"msg": "no such experiment", "sdk_error_code": 0}
-            names = {"workspaceName": "workspace", "projectName": "project"}
-            return 200, {"experimentKey": key, "throttle": False, **names}
+            return 200, ABOUT | {"focusUrl": self.root + "workspace/project/"}
         if path.endswith("/batch/logger/experiment/metric"):
-            self.metrics += body.get("values", [])
+            for m in body["values"]:
+                entry = m.get("step"), m.get("epoch"), float(m["metricValue"])
+                self.metrics.setdefault(m["metricName"], []).append(entry)
         elif path.endswith("/batch/logger/experiment/parameter"):
-            self.params += body.get("values", [])
-        elif path.endswith("/write/experiment/log-other"):
-            self.others[body.get("key")] = body.get("value")
+            for p in body["values"]:
+                self.params[p["parameterName"]] = p["parameterValue"]
+        elif path.endswith("/write/experiment/log-other") and body["key"] == "Name":
+            self.name = body["value"]
         elif path.endswith("/write/experiment/graph"):
-            self.graphs.append(body)
+            self.graph = body["graph"]
+        elif path.endswith("/visualizations/upload"):
+            self.images[query["figName"]] = files[0]
         elif path.endswith("/upload"):
-            self.uploads += [{"path": path, "query": query, **file} for file in files]
-            return 200, {"imageId": query.get("imageId"), "link": self.root}
-        return 200, {"code": 200, "msg": "ok"}
-
-    def describe_run(self):
-        """Return what Comet tells of a new experiment."""
-        return {
-            "runId": "run-1",
-            "project_id": "project-1",
-            "githubEnabled": False,
-            "focusUrl": self.root + "workspace/project/",
-            "lastOffset": 0,
-            "name": "a_name",
-            "upload_file_size_limit_in_mb": 500,
-            "asset_upload_file_size_limit_in_mb": 500,
-            "featureToggles": [],
-            "cometWebAssetUrl": self.root + "asset/",
-            "cometWebImageUrl": self.root + "image/",
-            "cometRestApiAssetUrl": self.root + "asset/",
-            "cometRestApiImageUrl": self.root + "image/",
-            "s3DirectAccessEnabled": False,
-        }
+            self.files[query.get("fileName", path.split("/")[-2])] = files[0]
+        return 200, ABOUT | {"imageId": query.get("imageId"), "link": self.root}
 
 
 def read_chunks(file):
@@ -203,10 +163,7 @@ def read_chunks(file):
 
 
 def read_multipart(kind, raw):
-    """Return the files in a body of type multipart/form-data."""
+    """Return the contents of the files in a body of type multipart/form-data."""
     head = b"Content-Type: " + kind.encode() + b"\r\n\r\n"
     parts = BytesParser(policy=HTTP).parsebytes(head + raw).iter_parts()
-    return [
-        {"filename": part.get_filename(), "data": part.get_payload(decode=True)}
-        for part in parts
-    ]
+    return [part.get_payload(decode=True) for part in parts]

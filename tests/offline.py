@@ -11,7 +11,7 @@ class Archive:
         self.metrics = {}  # name: [(step, epoch, value), ...] as logged
         self.params = {}
         self.images = {}  # name: data, the last one logged
-        self.files = {}  # kind of upload: {file name: data}
+        self.files = {}  # name, or kind of upload: data
         self.name = self.graph = None
         self.output = ""  # the console's
         with zipfile.ZipFile(path) as archive:
@@ -42,5 +42,4 @@ class Archive:
             if content["upload_type"] == "visualization":
                 self.images[about["figName"]] = data
             else:
-                files = self.files.setdefault(content["upload_type"], {})
-                files[about.get("fileName")] = data
+                self.files[about.get("fileName") or content["upload_type"]] = data

@@ -38,64 +38,37 @@ def plain_fc(model, x):
     return F.linear(x, model.fc2.weight, model.fc2.bias)
 
 
-def compute(model, forward, x, labels):
-    """Return the logits, and the gradients of the cross-entropy by parameter."""
-    model.zero_grad()
-    logits = forward(x)
-    F.cross_entropy(logits, labels).backward()
-    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-def assert_same(one, other):
-    """Logits and all gradients are the same, up to float32 rounding."""
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert all(gradient.abs().max() > 1e-4 for gradient in one[1].values())
-
-
 def test_cnn_prints_as_documented():
     assert str(main.CNN()) == PRINTED
 
 
 def test_the_number_of_parameters():
-    counts = [
-        sum(p.numel() for p in kind().parameters()) for kind in main.MODELS.values()
-    ]
+    kinds = main.CNN, main.FullyConnectedModel
+    counts = [sum(p.numel() for p in kind().parameters()) for kind in kinds]
     assert counts == [124_670, 101_770]
 
 
-def test_cnn_shapes_on_the_way(digits):
-    model, shapes = main.CNN(), {}
-    for name, module in model.named_children():
-        module.register_forward_hook(
-            lambda module, x, y, name=name: shapes.update({name: tuple(y.shape[1:])})
-        )
-    assert model(digits[0]).shape == (300, 10)
-    assert shapes["pool1"] == (24, 13, 13)
-    assert shapes["pool2"] == (36, 5, 5)
-    assert (shapes["flatten"], shapes["fc1"]) == ((900,), (128,))
+def check(model, forward, plain, images, labels):
+    """Logits and all gradients are the same, up to float32 rounding."""
+    found = []
+    for function in (forward, lambda x: plain(model, x)):
+        model.zero_grad()
+        logits = function(images)
+        F.cross_entropy(logits, labels).backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert all(gradient.abs().max() > 1e-4 for gradient in found[0])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_cnn_is_the_documented_computation(digits, layout):
     """Also without the last two rows and columns, of which it sees nothing."""
     torch.manual_seed(0)
-    model = main.CNN()
-    expected = compute(model, lambda x: plain_cnn(model, x), *digits)
-    model.to(memory_format=layout)
-    assert_same(compute(model, model, *digits), expected)
-    images, labels = digits
-    assert_same(compute(model, model, images[..., :26, :26], labels), expected)
-
-
-def test_fully_connected_model_structure():
-    flatten, fc1, relu, fc2 = main.FullyConnectedModel().children()
-    kinds = [type(module).__name__ for module in (flatten, fc1, relu, fc2)]
-    assert kinds == ["Flatten", "Linear", "ReLU", "Linear"]
-    assert (fc1.in_features, fc1.out_features) == (784, 128)
-    assert (fc2.in_features, fc2.out_features) == (128, 10)
+    model = main.CNN().to(memory_format=layout)
+    check(model, model, plain_cnn, *digits)
+    check(model, lambda x: model(x[..., :26, :26]), plain_cnn, *digits)
 
 
 def test_fully_connected_model_is_the_documented_computation(digits):
     model = main.FullyConnectedModel()
-    expected = compute(model, lambda x: plain_fc(model, x), *digits)
-    assert_same(compute(model, model, *digits), expected)
+    check(model, model, plain_fc, *digits)

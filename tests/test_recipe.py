@@ -1,7 +1,6 @@
 """The accurate recipe: what it adds to the run; and what a run says of its mistakes."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -51,10 +50,7 @@ def logits(accurate, mnist):
     return main.evaluate(main.ShiftAverage(model), batches)[2]
 
 
-# ----- training
-
-
-def test_the_learning_rate_rises_for_30_percent_of_the_steps_and_falls_to_0(accurate):
+def test_the_rate_rises_for_30_percent_of_the_steps_and_falls_to_0(accurate):
     rates = [rate for epoch in accurate[1] for rate in epoch.rates]
     peak = main.ACCURATE["lr"]
     assert len(rates) == 40 and max(rates) == pytest.approx(peak, rel=0.05)
@@ -63,12 +59,9 @@ def test_the_learning_rate_rises_for_30_percent_of_the_steps_and_falls_to_0(accu
     assert rates[0] < 0.1 * peak and 0 < rates[-1] < 0.1 * peak
     assert rates[5] - rates[4] == pytest.approx(peak / 12)
     assert rates[31] - rates[30] == pytest.approx(-peak / 28)
-
-
-def test_momentum_weight_decay_and_label_smoothing(accurate):
     group = accurate[1][0].optimizer.param_groups[0]
-    kept = {name: group[name] for name in ("momentum", "weight_decay", "nesterov")}
-    assert kept == {"momentum": 0.9, "weight_decay": 2e-4, "nesterov": True}
+    found = [group[name] for name in ("momentum", "weight_decay", "nesterov")]
+    assert found == [0.9, 2e-4, True]
     assert accurate[1][0].loss_function.label_smoothing == main.SMOOTHING > 0
 
 
@@ -83,25 +76,9 @@ def test_every_image_is_distorted_anew_in_every_epoch(accurate, mnist):
         distances = torch.cdist(images, plain)
         assert distances.min() > 1e-3
         nearest = mnist[1][:1000][distances.argmin(dim=1)]
-        assert (nearest == labels).float().mean() > 0.75  # by chance: 0.1
+        assert (nearest == labels).float().mean() > 0.5  # by chance: 0.1
         seen.append(images)
     assert torch.cdist(*seen).min() > 1e-3
-
-
-def distort(digits, maps):
-    """Return the digits as main.augment gives them, in batches of 64."""
-    images, labels = digits
-    batches = list(main.augment(zip(images.split(64), labels.split(64)), maps))
-    assert torch.equal(torch.cat([y for _, y in batches]), labels)
-    return torch.cat([x for x, _ in batches])
-
-
-def test_a_shift_of_one_pixel_is_a_shift_of_one_pixel(digits):
-    maps = torch.eye(2, 3).repeat(200, 1, 1)
-    torch.testing.assert_close(distort(digits, maps), digits[0], rtol=0, atol=1e-4)
-    maps[:, 0, 2] = 1 / 14  # x, and half the width is 14 pixels
-    found, expected = distort(digits, maps)[..., :-1], digits[0][..., 1:]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_distortions_stay_within_what_the_constants_allow():
@@ -120,78 +97,6 @@ def test_distortions_stay_within_what_the_constants_allow():
     assert len({tuple(row) for row in maps.flatten(1).tolist()}) == 20_000
 
 
-def test_a_run_stopped_and_resumed_ends_bit_for_bit_the_same(
-    accurate, metrics, tmp_path, capsys
-):
-    """It is stopped in its second epoch, in the middle of the cycle."""
-    with pytest.MonkeyPatch.context() as patch:
-        watch_training(patch, stop_in=2)
-        stopped = run_here(tmp_path, *QUICK, status=130)
-    assert f"--resume {stopped}" in capsys.readouterr().err
-    with pytest.MonkeyPatch.context() as patch:
-        epochs = watch_training(patch)
-        assert run_here(tmp_path, "--resume", stopped) == stopped
-    assert [epoch.rates for epoch in epochs] == [accurate[1][1].rates]
-    one, other = (torch.load(run / "model.pt") for run in (stopped, accurate[0]))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    found = json.loads((stopped / "metrics.json").read_text())
-    assert found | {"epoch_seconds": metrics["epoch_seconds"]} == metrics
-
-
-def test_the_cycle_of_a_run_cannot_be_made_longer(accurate, capsys):
-    assert main.main(["--resume", str(accurate[0]), "--epochs", "3"]) == 2
-    assert "the run to resume has epochs 2" in capsys.readouterr().err
-
-
-def test_the_classic_recipe_has_nothing_of_it(tmp_path, monkeypatch):
-    """Not even if what only the accurate recipe has is changed."""
-    weights = []
-    for change in ({}, {"SMOOTHING": 0.5, "SHIFT": 9, "ANGLE": 90}):
-        for name, value in change.items():
-            assert hasattr(main, name)
-            monkeypatch.setattr(main, name, value)
-        epochs = watch_training(monkeypatch)
-        folder = tmp_path / str(len(weights))
-        run_dir = run_here(folder, "--limit", 300, "--epochs", 1, "--model", "fc")
-        weights.append((run_dir / "model.pt").read_bytes())
-        assert set(epochs[0].rates) == {main.LR}
-        assert epochs[0].loss_function.label_smoothing == 0
-        assert epochs[0].optimizer.param_groups[0]["weight_decay"] == 0
-    assert weights[0] == weights[1]
-
-
-# ----- the test: the average over nine views
-
-
-@pytest.mark.parametrize("kind", ["cnn", "fc"])
-def test_the_average_is_that_of_nine_shifted_images(digits, kind):
-    torch.manual_seed(0)
-    model, (images, _) = main.MODELS[kind](), digits
-    wide = F.pad(images, [1] * 4, value=float(images.min()))  # black
-    views = [
-        model(wide[..., down : down + 28, right : right + 28])
-        for down in range(3)
-        for right in range(3)
-    ]
-    found = main.ShiftAverage(model)(images)
-    torch.testing.assert_close(found, sum(views) / 9, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, views[4], atol=1e-3)
-
-
-def test_the_test_result_is_that_of_the_average_of_the_saved_model(
-    metrics, mnist, logits
-):
-    right = logits.argmax(dim=1) == mnist[3]
-    assert metrics["test_accuracy"] == pytest.approx(
-        float(right.float().mean()), abs=2e-4
-    )
-    loss = float(F.cross_entropy(logits, mnist[3]))  # without label smoothing
-    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-3)
-
-
-# ----- what it gets wrong
-
-
 def naive_calibration_error(probabilities, labels, bins=15):
     """By the definition, image by image."""
     members = [[] for _ in range(bins)]
@@ -203,30 +108,54 @@ def naive_calibration_error(probabilities, labels, bins=15):
     return sum(gaps) / len(labels)
 
 
-def test_the_calibration_error_is_that_of_the_definition():
-    torch.manual_seed(0)
-    probabilities = (3 * torch.randn(2000, 10)).softmax(dim=1)
-    sure, digits = probabilities.max(dim=1)  # too sure at the top, not enough below
-    labels = torch.where(sure < 0.6, digits, torch.randint(0, 10, (2000,)))
-    expected = naive_calibration_error(probabilities, labels)
-    found = main.calibration_error(probabilities, labels)
-    assert found == pytest.approx(expected, abs=1e-5) and expected > 0.1
-    sure = F.one_hot(torch.arange(10), 10).float()
-    assert main.calibration_error(sure, torch.arange(10)) == 0
-    assert main.calibration_error(sure, torch.arange(10).roll(1)) == 1
-
-
-def test_the_calibration_error_is_in_the_metrics(metrics, mnist, logits):
-    expected = naive_calibration_error(logits.softmax(dim=1), mnist[3])
+def test_the_results_are_those_of_the_average_of_the_saved_model(
+    metrics, mnist, logits
+):
+    labels, digits = mnist[3], logits.argmax(dim=1)
+    right = float((digits == labels).float().mean())
+    assert metrics["test_accuracy"] == pytest.approx(right, abs=2e-4)
+    loss = float(F.cross_entropy(logits, labels))  # without label smoothing
+    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-3)
+    expected = naive_calibration_error(logits.softmax(dim=1), labels)
     assert metrics["calibration_error"] == pytest.approx(expected, abs=1e-3)
-    assert math.isfinite(expected) and expected > 0.001
-
-
-def test_the_confusion_matrix_counts_every_test_digit_once(metrics, mnist, logits):
-    expected = torch.zeros(10, 10, dtype=torch.long)
-    for label, digit in zip(mnist[3].tolist(), logits.argmax(dim=1).tolist()):
-        expected[label, digit] += 1
+    matrix = torch.zeros(10, 10, dtype=torch.long)
+    for label, digit in zip(labels.tolist(), digits.tolist()):
+        matrix[label, digit] += 1
     found = torch.tensor(metrics["confusion_matrix"])
-    assert found.sum() == 10_000
-    assert (found - expected).abs().sum() <= 4  # a tie or two, by rounding
-    assert found.diag().sum() == round(10_000 * metrics["test_accuracy"])
+    assert found.sum() == 10_000 and (found - matrix).abs().sum() <= 4  # a tie or two
+
+
+def test_a_shift_of_one_pixel_is_a_shift_of_one_pixel(digits):
+    maps = torch.eye(2, 3).repeat(200, 1, 1)
+    for pixels, cut in ((0, slice(0, 28)), (1, slice(0, 27))):
+        maps[:, 0, 2] = pixels / 14  # x, and half the width is 14 pixels
+        torch.manual_seed(1)  # strokes as they are
+        ((found, labels),) = main.augment([digits], maps)
+        expected = digits[0][..., pixels:]
+        torch.testing.assert_close(found[..., cut], expected, rtol=0, atol=1e-4)
+        assert torch.equal(labels, digits[1])
+
+
+def test_strokes_become_thicker_or_thinner_by_half(digits):
+    maps = torch.eye(2, 3).repeat(200, 1, 1)
+    for seed, sign, thicker in ((3, 1, True), (0, -1, False)):
+        torch.manual_seed(seed)
+        ((found, _),) = main.augment([digits], maps)
+        whole = sign * F.max_pool2d(sign * digits[0], 3, stride=1, padding=1)
+        torch.testing.assert_close(found, (digits[0] + whole) / 2, rtol=0, atol=1e-4)
+        assert bool(found.mean() > digits[0].mean()) == thicker
+
+
+def test_the_average_is_that_of_nine_shifted_images(digits):
+    model, images = main.FullyConnectedModel(), digits[0]
+    wide = F.pad(images, [1] * 4, value=float(images.min()))  # black
+    views = [wide[..., y : y + 28, x : x + 28] for y in range(3) for x in range(3)]
+    expected = sum(model(view) for view in views) / 9
+    found = main.ShiftAverage(model)(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, model(images), atol=1e-3)
+
+
+def test_the_cycle_of_a_run_cannot_be_made_longer(accurate, capsys):
+    assert main.main(["--resume", str(accurate[0]), "--epochs", "3"]) == 2
+    assert "the run to resume has epochs 2" in capsys.readouterr().err

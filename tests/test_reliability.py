@@ -69,14 +69,11 @@ def assert_whole(folder):
     for path in folder.iterdir():
         if path.suffix == ".png":
             assert imread(path).size > 10_000
-        elif path.suffix == ".json":
-            assert read(folder, path.name)
-        elif path.suffix == ".pt":
-            assert torch.load(path, weights_only=True)
         elif path.suffix == ".html":
             assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
         else:
-            assert path.suffix == ".zip" and Archive(path).metrics, path
+            kind = {".json": json.load, ".pt": torch.load, ".zip": Archive}[path.suffix]
+            assert kind(path.open("rb")), path
 
 
 def lines(run):
@@ -88,9 +85,6 @@ def lines(run):
 def stop_in_second_epoch(run, number):
     run.wait_for(lambda: "Epoch 1/3" in run.stdout)
     run.kill(number)
-
-
-# ------------------------------------------------------------ stopped, and gone on with
 
 
 class Story:
@@ -149,19 +143,13 @@ def test_a_run_stopped_and_resumed_ends_bit_for_bit_like_one_never_stopped(
 
 
 @by_signal(*CAUGHT)
-def test_a_stopped_run_tells_what_stopped_it_and_how_to_go_on(stories, number):
-    story = stories[number]
+def test_a_stopped_run_says_how_to_go_on_and_keeps_its_epochs(stories, number):
+    story, told = stories[number], lines(stories[number].run)
     assert story.status == 128 + number
     assert "Epoch 3/3" not in story.run.stdout and "COMPLETE" not in story.run.stdout
-    assert 2 <= len(lines(story.run)) <= 3, story.run.stderr
-    assert sum(number.name in line for line in lines(story.run)) == 1
+    assert 2 <= len(told) <= 3 and sum(number.name in line for line in told) == 1
     command = f"python main.py --resume 'my runs/{story.folder.name}'"
-    assert sum(command in line for line in lines(story.run)) == 1
-
-
-@by_signal(*CAUGHT)
-def test_a_stopped_run_keeps_the_epochs_that_were_finished(stories, number):
-    story = stories[number]
+    assert sum(command in line for line in told) == 1
     assert_whole(story.stopped)
     names = {p.name for p in story.stopped.iterdir() if p.suffix != ".zip"}
     data = {"config.json", "metrics.json", "checkpoint.pt", "report.html"}
@@ -194,13 +182,12 @@ def test_a_stopped_run_leaves_a_complete_comet_archive(stories, number):
     assert f"comet upload {place}\n" in story.resumed.stdout
 
 
-def test_resuming_a_finished_run_does_no_harm(tmp_path, stories):
-    finished = stories[signal.SIGINT].whole
-    folder = shutil.copytree(finished, tmp_path / "runs" / "finished")
-    again = start(tmp_path, "--resume", folder)
+def test_resuming_a_finished_run_does_no_harm(stories):
+    story = stories[signal.SIGKILL]
+    before = outcome(story.folder)
+    again = start(story.run.folder, "--resume", story.folder)
     assert again.wait() == 0, again.stderr
-    assert "Epoch" not in again.stdout and again.run_dir == folder
-    assert outcome(folder) == outcome(finished)
+    assert "Epoch" not in again.stdout and outcome(story.folder) == before
 
 
 def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
@@ -214,44 +201,16 @@ def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
     assert outcome(run.run_dir) == outcome(stories[signal.SIGINT].whole)
 
 
-def be_under_nohup(*arguments):
-    """Be `nohup python main.py` on a network drive that knows no fsync."""
-
-    def fsync(number):
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    os.fsync = fsync
-    _child(*arguments)
-
-
-def test_under_nohup_a_run_goes_on_when_the_terminal_closes(tmp_path, stories):
-    run = start(tmp_path, *SMALL, target=be_under_nohup)
-    stop_in_second_epoch(run, signal.SIGHUP)
-    assert run.wait() == 0, run.stderr
-    assert outcome(run.run_dir) == outcome(stories[signal.SIGKILL].whole)
-    assert lines(run) == []
-
-
-# --------------------------------------------------------------- killed at any moment
-
-
 def test_sigkill_at_any_moment_loses_nothing(tmp_path, stories):
-    moments, kills = random.Random(0), 0
-    while kills < 5:
-        runs = list(tmp_path.glob("runs/*/config.json"))
-        if not runs:  # it was killed before there was anything to resume
-            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        run = start(tmp_path, *(["--resume", runs[0].parent] if runs else SMALL))
-        run.process.join(moments.uniform(0.3, 1.6))
-        if run.process.is_alive():
-            run.kill()
-            kills += 1
-        assert run.wait() in (0, -signal.SIGKILL), run.stderr
-        if run.process.exitcode == 0:
-            break
-    assert kills >= 2
-    run = start(tmp_path, "--resume", *tmp_path.glob("runs/*"))
+    moments, flags = random.Random(0), SMALL
+    for _ in range(6):
+        run = start(tmp_path, *flags)
+        run.wait_for(lambda: "Report:" in run.stdout)  # noqa: B023, it is used up here
+        run.process.join(moments.uniform(0, 0.5))
+        run.kill()
+        run.wait()
+        flags = "--resume", run.run_dir
+    run = start(tmp_path, *flags)
     assert run.wait() == 0, run.stderr
     assert outcome(run.run_dir) == outcome(stories[signal.SIGKILL].whole)
 
@@ -280,9 +239,6 @@ def test_sigkill_while_a_checkpoint_is_written_loses_nothing(tmp_path, stories):
     assert "Epoch 2/3" in resumed.stdout
     assert outcome(run.run_dir) == outcome(stories[signal.SIGKILL].whole)
     assert_whole(run.run_dir)
-
-
-# ------------------------------------------------------------- training that goes wrong
 
 
 def test_a_loss_that_is_no_number_ends_the_run_within_the_epoch(tmp_path):
@@ -347,19 +303,14 @@ def test_what_was_good_is_kept_when_the_second_epoch_fails(tmp_path, stories, ta
     assert outcome(run.run_dir) == outcome(whole)
 
 
-# ------------------------------------------------------------------------- no room left
-
-
 def test_no_room_on_the_disk_leaves_the_earlier_files_whole(tmp_path, stories):
-    run = start(tmp_path, *SMALL[:-1], "offline")
+    run = start(tmp_path, *SMALL)
     run.wait_for(lambda: "Epoch 1/3" in run.stdout)
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     assert run.wait() == 1, run.stderr
     assert "Traceback" not in run.stderr, run.stderr
-    assert any("File too large" in x and "checkpoint.pt" in x for x in lines(run))
+    assert any(x.endswith("File too large") for x in lines(run))
     assert f"--resume {run.run_dir.relative_to(tmp_path)}" in run.stderr
-    for path in run.run_dir.glob("*.zip"):
-        path.unlink()
     assert_whole(run.run_dir)
     resumed = start(tmp_path, "--resume", run.run_dir, "--comet", "off")
     assert resumed.wait() == 0, resumed.stderr
@@ -369,28 +320,36 @@ def test_no_room_on_the_disk_leaves_the_earlier_files_whole(tmp_path, stories):
 LOCKED = "predictions_grid.png", "loss_curve.png", "report.html"
 
 
-def be_with_a_viewer(*arguments):
-    """Be main.py on Windows, where a viewer locks a few files after the first epoch."""
+def be_in_trouble(*arguments):
+    """Be `nohup python main.py` on a network drive that knows no fsync.
+
+    After the first epoch a viewer locks a few files, as Windows has it.
+    """
     saved, replace = [], os.replace
 
-    def refuse(source, target):
+    def lock(source, target):
         saved.append(os.path.basename(target))
         if "checkpoint.pt" in saved and saved[-1] in LOCKED:
             raise PermissionError(errno.EACCES, "Permission denied", str(target))
         replace(source, target)
 
-    os.replace = refuse
+    def fsync(number):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    os.replace, os.fsync = lock, fsync
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _child(*arguments)
 
 
-def test_pictures_and_pages_that_cannot_be_written_only_warn(tmp_path, stories):
-    run = start(tmp_path, *SMALL[:-1], "offline", target=be_with_a_viewer)
+def test_a_run_goes_on_under_nohup_without_fsync_and_with_locked_pictures(
+    tmp_path, stories
+):
+    run = start(tmp_path, *SMALL[:-1], "offline", target=be_in_trouble)
+    stop_in_second_epoch(run, signal.SIGHUP)
     assert run.wait() == 0, run.stderr
-    assert "Traceback" not in run.stderr, run.stderr
     for name in LOCKED:
         assert sum("Permission denied" in x and name in x for x in lines(run)) >= 1
-    assert len(lines(run)) <= 4, run.stderr
-    assert "TRAINING COMPLETE" in run.stdout
+    assert len(lines(run)) <= 4 and "Traceback" not in run.stderr, run.stderr
     assert not (run.run_dir / "predictions_grid.png").exists()
     assert not any(run.run_dir.glob("*.part"))
     assert outcome(run.run_dir) == outcome(stories[signal.SIGKILL].whole)

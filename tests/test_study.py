@@ -1,6 +1,7 @@
 """Several runs together: --seeds and --compare."""
 
 import json
+import os
 import re
 import signal
 import statistics
@@ -41,30 +42,15 @@ def test_each_run_of_a_study_has_a_folder_of_its_own(study):
     assert study.run_dir.name.endswith("-compare")
     assert get_folders(study.run_dir) == NAMES
     assert study.run_dir.name in study.stdout.split("\n")[-2]
-    settings = study.json("config.json")["settings"]
-    assert (settings["seeds"], settings["compare"]) == (2, True)
-    for number, name in enumerate(
-        ["fc-seed-5", "cnn-seed-5", "fc-seed-6", "cnn-seed-6"]
-    ):
-        folder, (model, _, seed) = study.run_dir / name, name.split("-")
+    for number, (model, seed) in enumerate(zip(["fc", "cnn"] * 2, "5566")):
+        folder = study.run_dir / f"{model}-seed-{seed}"
         settings = read(folder / "config.json")["settings"]
         assert (settings["seed"], settings["seeds"]) == (int(seed), 1)
         assert (settings["model"], settings["compare"]) == (model, False)
         assert len(read(folder / "metrics.json")["losses"]) == 20
-        for file in ("predictions_grid.png", "report.html", "model.pt"):
-            assert (folder / file).exists()
+        assert {"predictions_grid.png", "report.html"} <= set(os.listdir(folder))
         line = f"\nRun {number + 1} of 4: {model}, seed {seed}\n"
         assert line in "\n" + study.stdout
-
-
-def test_a_run_among_several_is_the_run_alone(study, tmp_path):
-    alone = complete(tmp_path, *QUICK, "--seed", 6, "--comet", "off")
-    member = study.run_dir / "cnn-seed-6"
-    assert same(alone.run_dir, member)
-    assert not same(alone.run_dir, study.run_dir / "cnn-seed-5")
-    one, other = alone.json("metrics.json"), read(member / "metrics.json")
-    del one["epoch_seconds"], other["epoch_seconds"]
-    assert one == other
 
 
 def get_table(run):
@@ -80,12 +66,8 @@ def get_table(run):
 
 def test_the_table_has_each_run_as_the_run_has_it(study):
     rows, metrics = get_table(study), study.json("metrics.json")["runs"]
-    assert [row[:3] for row in rows] == [
-        ["fc", "5", "101,770"],
-        ["cnn", "5", "124,670"],
-        ["fc", "6", "101,770"],
-        ["cnn", "6", "124,670"],
-    ]
+    fc, cnn = ["fc", "101,770"], ["cnn", "124,670"]
+    assert [[row[0], row[2]] for row in rows] == [fc, cnn, fc, cnn]
     for shown, row in zip(rows, metrics, strict=True):
         assert shown[:2] == [row["model"], str(row["seed"])]
         own = read(study.run_dir / "{model}-seed-{seed}/metrics.json".format(**row))
@@ -119,21 +101,13 @@ def check_means(run):
     return means
 
 
-def test_means_and_standard_deviations_of_each_model(study):
+def test_means_deviations_and_an_experiment_for_each_run(study):
     means = check_means(study)
     assert {model for model, _ in means} == {"fc", "cnn"}
     assert means["cnn", "test_loss"][1] > 0
-
-
-def test_comet_gets_an_experiment_for_each_run(study):
     archives = [Archive(path) for path in study.run_dir.glob("*/*.zip")]
     assert len({archive.key for archive in archives}) == 4
-    found = sorted(
-        f"{archive.params['model']}-seed-{archive.params['seed']}"
-        for archive in archives
-    )
-    assert found == NAMES
-    assert all(len(archive.metrics["loss"]) == 20 for archive in archives)
+    assert sorted(int(archive.params["seed"]) for archive in archives) == [5, 5, 6, 6]
     assert study.stdout.count("comet upload runs/") == 4
 
 
@@ -165,14 +139,11 @@ def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, study, spawn):
     assert {model for model, _ in check_means(resumed)} == {"cnn"}
 
 
-def test_a_study_that_cannot_begin_says_why(spawn):
-    run = spawn("--seeds", 2, "--comet", "online")
-    assert run.wait() == 2 and "there is no API key" in run.stderr, run.stderr
-    assert "Traceback" not in run.stderr
-
-
-def test_a_run_that_diverges_ends_the_study(spawn):
-    run = spawn(*QUICK[:-1], 1e6, "--seeds", 2, "--comet", "off")
-    assert run.wait() == 1, run.stderr
-    assert "diverged" in run.stderr and "Run 2" not in run.stdout
-    assert "Traceback" not in run.stderr
+def test_a_study_that_cannot_begin_or_that_diverges_ends(spawn):
+    for flags, status, text in (
+        (("--comet", "online"), 2, "there is no API key"),
+        (("--comet", "off", "--lr", 1e6), 1, "diverged"),
+    ):
+        run = spawn(*SEEDS, *flags)
+        assert run.wait() == status and text in run.stderr, run.stderr
+        assert "Traceback" not in run.stderr and "Run 2" not in run.stdout
