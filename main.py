@@ -625,7 +625,7 @@ def draw_digits(images, probabilities, titles, colours, bars):
     """Return a Figure of images (N, 28, 28), and bar charts of probabilities."""
     columns = min(2 if bars else 4, len(images))
     rows = math.ceil(len(images) / columns)
-    width, parts = (6, 2) if bars else (2.1, 1)
+    width, parts = (6, 3) if bars else (2.1, 1)
     figure = Figure(figsize=(width * columns, 2.5 * rows), layout="constrained")
     for n, image in enumerate(images):
         axes = figure.add_subplot(rows, parts * columns, parts * n + 1)
@@ -635,7 +635,8 @@ def draw_digits(images, probabilities, titles, colours, bars):
         axes.spines[:].set(color=colour, linewidth=4 if colour == VERMILION else 1)
         axes.set_title(title, color=colour, size=9, loc="left", parse_math=False)
         if bars:
-            axes = figure.add_subplot(rows, parts * columns, parts * n + 2)
+            place = parts * n + 2, parts * n + 3
+            axes = figure.add_subplot(rows, parts * columns, place)
             drawn = axes.bar(range(10), 100 * probabilities[n], color=GREY)
             drawn[probabilities[n].argmax()].set(color=colour)
             axes.bar_label(drawn, fmt="%.1f", fontsize=8)
@@ -1074,11 +1075,12 @@ def find_ink(grey):
     """Return the ink (H, W): 0 on paper, 1 in a full stroke. None: nothing stands out."""
     factor = math.ceil(max(grey.shape) / 48)
     small = np.array(Image.fromarray(grey).reduce(factor))
-    blurred = ndimage.gaussian_filter(small, max(small.shape) / 6, mode="nearest")
-    sign = np.sign(((blurred - small) ** 3).sum())  # 1: dark ink on light paper; or -1
+    inner = small[2:-2, 2:-2] if min(small.shape) > 8 else small  # without a frame
+    blurred = ndimage.gaussian_filter(inner, max(small.shape) / 6, mode="nearest")
+    sign = np.sign(((blurred - inner) ** 3).sum())  # 1: dark ink on light paper; or -1
     # Raise each grey level to the light ones around, then lower it to the dark ones: the
     # strokes vanish, and the paper is left, with its shadows.
-    window = {"size": max(small.shape) // 2, "mode": "nearest"}
+    window = {"size": max(1, max(small.shape) // 2), "mode": "nearest"}
     paper = ndimage.percentile_filter(sign * small, 75, **window)
     paper = ndimage.percentile_filter(paper, 25, **window)
     paper = np.kron(paper, np.ones((factor, factor)))[: len(grey), : grey.shape[1]]

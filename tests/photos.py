@@ -89,7 +89,7 @@ def draw(kind, digit=7, seed=0):
         light = light - 80 / (1 + np.exp((x - 0.7 * y - 40) / 2))
     elif kind == "pencil":
         grain = np.random.default_rng(seed).normal(0.7, 0.3, sheet.shape)
-        return photograph(sheet * grain.clip(0, 1), light, pen=150, noise=4)
+        return photograph(sheet * grain.clip(0, 1), light, pen=90, noise=3)
     elif kind == "tight crop":
         return photograph(ink)
     elif kind == "touches the border":

@@ -8,4 +8,4 @@ import main
 
 os.environ.update(main.COMET_DEFAULTS)
 
-import comet_ml  # noqa: E402, F401
+import comet_ml  # noqa: F401

@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
