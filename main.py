@@ -1075,9 +1075,8 @@ def find_ink(grey):
     """Return the ink (H, W): 0 on paper, 1 in a full stroke. None: nothing stands out."""
     factor = math.ceil(max(grey.shape) / 48)
     small = np.array(Image.fromarray(grey).reduce(factor))
-    inner = small[2:-2, 2:-2] if min(small.shape) > 8 else small  # without a frame
-    blurred = ndimage.gaussian_filter(inner, max(small.shape) / 6, mode="nearest")
-    sign = np.sign(((blurred - inner) ** 3).sum())  # 1: dark ink on light paper; or -1
+    blurred = ndimage.gaussian_filter(small, max(small.shape) / 6, mode="mirror")
+    sign = np.sign(((blurred - small) ** 3).sum())  # 1: dark ink on light paper; or -1
     # Raise each grey level to the light ones around, then lower it to the dark ones: the
     # strokes vanish, and the paper is left, with its shadows.
     window = {"size": max(1, max(small.shape) // 2), "mode": "nearest"}
@@ -1145,9 +1144,7 @@ def cut_out(ink):
     """Return the ink of the digit, cut to its size; and whether there are several."""
     mask = remove_frames(remove_lines(ink))
     extent = measure(ndimage.label(mask, AROUND)[0]).max()
-    # Join over small gaps, wider ones upwards: digits stand side by side.
-    reach = 1 + 2 * int(0.1 * extent), 1 + 2 * int(0.04 * extent)
-    near = ndimage.maximum_filter(mask, reach)
+    near = ndimage.maximum_filter(mask, 1 + 2 * int(0.04 * extent))  # over small gaps
     number = ndimage.label(near, AROUND)[0] * mask
     sizes = np.bincount(number[mask])
     large = sizes > 0.06 * sizes.max()  # the others are specks

@@ -200,8 +200,6 @@ def test_piped_into_head_it_ends_quietly_or_trains_on(start, situation):
     run = start(situation, *OFFLINE)
     assert run.wait() == 0 or not messages(run)
     assert "Traceback" not in run.stderr
-    assert (run.run_dir / "metrics.json").exists()
-    assert list(run.run_dir.glob("*.zip"))
 
 
 # ----- Comet is not installed
