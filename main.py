@@ -62,8 +62,8 @@ SEED = 0  # for the initial weights and the shuffling
 SEEDS = 1  # number of runs, with SEED, SEED + 1, ...
 LIMIT = 0  # train on the first LIMIT images only; 0: on all 60,000
 
-# What the accurate recipe sets instead, beside its schedule and augmentation. Its
-# momentum and weight decay belong to SGD: with Adam there are none.
+# What the accurate recipe sets instead. It also varies the learning rate and distorts
+# the images; with SGD it has momentum and weight decay, with Adam it has none.
 ACCURATE = {"epochs": 7, "batch_size": 64, "lr": 0.1, "optimizer": "sgd"}
 
 # Where
@@ -94,9 +94,9 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x):
-        """Map normalised images (N, 1, 28, 28) to logits (N, 10)."""
-        # Convolution, ReLU, max-pool. ReLU and max-pool can be swapped, since
-        # max(relu(a), relu(b)) = relu(max(a, b)): after it, ReLU has a quarter to do.
+        """Map normalised images (N, 1, 28, 28) to ten scores each: logits (N, 10)."""
+        # Convolution, ReLU, max-pool. Here the pooling comes first, which is the same,
+        # since max(relu(a), relu(b)) = relu(max(a, b)), and leaves ReLU a quarter to do.
         x = F.relu(self.pool1(self.conv1(x)))  # (N, 24, 13, 13)
         x = F.relu(self.pool2(self.conv2(x)))  # (N, 36, 5, 5)
         x = self.relu(self.fc1(self.flatten(x)))  # (N, 900) -> (N, 128)
@@ -165,7 +165,7 @@ def make_batches(images, labels, batch_size, order=None):
 
 
 def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
-    """Train on every batch once; return the mean loss and the accuracy meanwhile.
+    """Train on every batch once; return mean loss and accuracy over the epoch.
 
     `batches` yields images (N, 1, H, W) and labels (N,). Both results are measured
     while the weights still change. on_step(loss) is called after every step with the
@@ -181,7 +181,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
         optimizer.step()  # update the weights
         scheduler.step()  # update the learning rate
 
-        # The sums stay on the device: reading a number here would make a GPU wait.
+        # No .item() here: it would make a GPU wait. The sums stay on the device.
         loss = loss.detach()
         loss_sum += loss * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -237,7 +237,7 @@ def select_device(name="auto"):
         if LAUNCHED and device.type == "cuda":  # each process has its own
             device = torch.device("cuda", LOCAL_RANK)
             torch.cuda.set_device(device)
-        torch.ones(1, device=device).sum().item()  # it may be there and not work
+        torch.ones(1, device=device).sum().item()  # it may be listed but broken
     return device
 
 
@@ -249,7 +249,7 @@ def choose_size(model):
         logits = model(images)
         if logits.shape != (2, 10):
             raise UserError(f"the model must return 10 logits, not {logits.shape[1:]}")
-    # They do not for the CNN: 28 > 26 > 13 > 11 > 5, and 26 > 24 > 12 > 10 > 5.
+    # The CNN makes 5x5 of both: 28, 26, 13, 11, 5 pixels and 26, 24, 12, 10, 5.
     with suppress(RuntimeError):  # other layers may fit 28x28 only
         if torch.allclose(model(images[..., :26, :26]), logits, atol=1e-4):
             return 26
@@ -263,7 +263,7 @@ def train_run(settings, folder):
     # --- 1. Data ---
     device = select_device(settings.device)
     images, labels, test_images, test_labels = load_mnist(settings.data_dir)
-    images = images[: settings.limit or None].to(device)
+    images = images[: settings.limit or None].to(device)  # 0: all
     labels = labels[: settings.limit or None].to(device)
     steps = math.ceil(len(labels) / settings.batch_size)  # per epoch
 
@@ -282,9 +282,10 @@ def train_run(settings, folder):
         optimizer = torch.optim.SGD(model.parameters(), settings.lr, **more)
     recorder = Recorder(settings, folder, device, steps, model, optimizer)
     done = recorder.epochs_done  # 0, unless a run is resumed
+    # The learning rate is constant, or has the accurate recipe's schedule over all steps.
     schedule = functools.partial(one_cycle, settings.epochs * steps if accurate else 0)
     scheduler = LambdaLR(optimizer, schedule, last_epoch=done * steps - 1)
-    # With torchrun, the gradients of this one are the mean of all processes.
+    # torchrun: its gradients are averaged over all processes; the weights are model's.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
@@ -294,8 +295,8 @@ def train_run(settings, folder):
         summary(MODELS[settings.model](), (1, 28, 28), device="cpu")
         for epoch in range(done + 1, settings.epochs + 1):
             recorder.start_epoch()
-            # Nothing random depends on the epochs before: a resumed run continues
-            # exactly. (There are at most 10,000 epochs.)
+            # Each epoch has its own seed, so that a resumed run continues exactly. (There
+            # are at most 10,000 epochs: no seed is used twice.)
             torch.manual_seed(10_001 * settings.seed + epoch)
             share = slice(RANK, None, WORLD_SIZE)  # without torchrun: everything
             order = torch.randperm(len(labels))[share].to(device)
@@ -303,6 +304,7 @@ def train_run(settings, folder):
             batches = make_batches(images, labels, batch_size, order)
             if accurate:
                 batches = augment(batches, draw_distortions(len(labels))[share])
+            # Crop them: the same logits, faster. The test is on whole images.
             batches = ((x[..., :size, :size], y) for x, y in batches)
             loss, accuracy = train_epoch(
                 ddp_model, batches, loss_function, optimizer, scheduler, recorder.step
