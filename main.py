@@ -402,7 +402,10 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"  # colour-blind safe
 
 
 class LossHistory:
-    """Smoothed values, as in mitdeeplearning.util 0.7.5."""
+    """Smoothed values: the first one raw, then a * last + (1 - a) * value.
+
+    This class and the next have the interface of mitdeeplearning.util 0.7.5.
+    """
 
     def __init__(self, smoothing_factor=0.0):
         self.smoothing_factor = smoothing_factor
@@ -419,7 +422,10 @@ class LossHistory:
 
 
 class PeriodicPlotter:
-    """Draws a curve into a PNG file every `sec` seconds, as in mitdeeplearning."""
+    """Draws a growing curve into the PNG file `path`, at most every `sec` seconds.
+
+    `scale` is None, semilogx, semilogy or loglog; else ValueError.
+    """
 
     def __init__(self, sec, xlabel="", ylabel="", scale=None, path=None):
         if scale not in (None, "semilogx", "semilogy", "loglog"):
@@ -1100,7 +1106,8 @@ def find_ink(grey):
 def find_lines(mask):
     """Return where ruled lines are: straight, thin, from the left to the right border."""
     thick = ndimage.maximum_filter(mask, (5, 1))  # so that they may slope
-    runs = ndimage.binary_opening(thick, np.ones((1, mask.shape[1] // 3)))
+    length = max(1, mask.shape[1] // 3)
+    runs = ndimage.binary_opening(thick, np.ones((1, length)))
     number = ndimage.label(runs, AROUND)[0] * mask
     sizes = np.bincount(number.ravel())
     sizes[number[[0, -1]]] = mask.size  # at the border, it may be a stroke
