@@ -30,8 +30,7 @@ import signal
 import sys
 import time
 import urllib.request
-import warnings
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -39,7 +38,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import distributed, nn
@@ -54,7 +52,7 @@ from tqdm import tqdm
 
 # The experiment
 RECIPE = "classic"  # "classic": as below; "accurate": see ACCURATE
-MODEL = "cnn"  # "cnn" (CNN) or "fc" (FullyConnectedModel)
+MODEL = "cnn"  # "cnn" (CNN), "fc" (FullyConnectedModel) or "both"
 EPOCHS = 7  # passes over the training images
 BATCH_SIZE = 64  # images per step
 LR = 0.01  # learning rate
@@ -63,18 +61,17 @@ SEED = 0  # for the initial weights and the shuffling
 SEEDS = 1  # number of runs, with SEED, SEED + 1, ...
 LIMIT = 0  # train on the first LIMIT images only; 0: on all 60,000
 
-# What the accurate recipe sets instead. It also varies the learning rate and distorts
-# the images; with SGD it has momentum and weight decay, with Adam it has none.
+# What the accurate recipe sets instead; see there for what else it does.
 ACCURATE = {"epochs": 7, "batch_size": 64, "lr": 0.1, "optimizer": "sgd"}
 
 # Where
-DEVICE = "auto"  # "auto" (the best available), "cpu", "mps", "cuda", "cuda:1", ...
+DEVICE = "auto"  # the best there is; or "cpu", "mps", "cuda", "cuda:1"
 DATA_DIR = str(Path(__file__).resolve().parent / "data")  # has MNIST/raw/*.gz
 OUTPUT_DIR = "runs"  # each run makes a new folder in it
 
 # Tracking on comet.com
-COMET = "auto"  # "online", "offline", "off"; "auto": online with a key, else offline
-COMET_API_KEY = "YOUR_API_KEY_HERE"  # or the variable COMET_API_KEY, or ~/.comet.config
+COMET = "auto"  # online with a key, else offline; or "online", "offline", "off"
+COMET_API_KEY = "YOUR_API_KEY_HERE"  # or in the environment, or ~/.comet.config
 COMET_PROJECT = "mnist-cnn"
 
 # ===== Models =========================
@@ -95,9 +92,9 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x):
-        """Map normalised images (N, 1, 28, 28) to ten scores each: logits (N, 10)."""
-        # Convolution, ReLU, max-pool. Here the pooling comes first, which is the same,
-        # since max(relu(a), relu(b)) = relu(max(a, b)), and leaves ReLU a quarter to do.
+        """Map normalised images (N, 1, 28, 28) to scores: logits (N, 10)."""
+        # Convolution, ReLU, max-pool. Pooling first is the same and faster, since
+        # max(relu(a), relu(b)) = relu(max(a, b)).
         x = F.relu(self.pool1(self.conv1(x)))  # (N, 24, 13, 13)
         x = F.relu(self.pool2(self.conv2(x)))  # (N, 36, 5, 5)
         x = self.relu(self.fc1(self.flatten(x)))  # (N, 900) -> (N, 128)
@@ -131,8 +128,8 @@ MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
 def load_mnist(data_dir):
     """Return MNIST: training images and labels, test images and labels.
 
-    uint8 (60000, 28, 28), int64 (60000,), uint8 (10000, 28, 28), int64 (10000,), from
-    the four archives in `data_dir`/MNIST/raw. Raises UserError; see read_archive.
+    uint8 (60000, 28, 28), int64 (60000,), then the same for 10,000 test images, from
+    `data_dir`/MNIST/raw. Raises UserError; see read_archive.
     """
     tensors = []
     for name, md5 in MNIST.resources:
@@ -153,8 +150,8 @@ def normalise(images):
 def make_batches(images, labels, batch_size, order=None):
     """Yield normalised images (N, 1, 28, 28) and labels (N,), a batch at a time.
 
-    `order` has the indices of the images to use; None: all of them, as they are. This
-    does the job of a DataLoader, faster: all of MNIST fits in memory.
+    `order`: indices of the images to use; None: all. This does the job of a
+    DataLoader, faster: all of MNIST fits in memory.
     """
     if order is None:
         order = torch.arange(len(labels), device=labels.device)
@@ -169,8 +166,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
     """Train on every batch once; return mean loss and accuracy over the epoch.
 
     `batches` yields images (N, 1, H, W) and labels (N,). Both results are measured
-    while the weights still change. on_step(loss) is called after every step with the
-    mean loss of its batch: a tensor, still on the device.
+    while the weights still change. on_step(loss) gets each batch's mean loss, a tensor.
     """
     model.train()
     loss_sum = correct = count = 0
@@ -181,8 +177,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
         loss.backward()  # compute the gradients
         optimizer.step()  # update the weights
         scheduler.step()  # update the learning rate
-
-        # No .item() here: it would make a GPU wait. The sums stay on the device.
+        # The sums stay on the device: .item() would make a GPU wait.
         loss = loss.detach()
         loss_sum += loss * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -193,11 +188,10 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
 
 @torch.no_grad()
 def evaluate(model, batches, loss_function=F.cross_entropy):
-    """Return the mean loss, the accuracy and the logits (N, 10) of all batches.
+    """Return mean loss, accuracy and logits (N, 10) over all images.
 
     `batches` yields images and labels, as a DataLoader does; `loss_function` returns a
-    batch's mean loss. Every image has the same weight. The model is put back into the
-    mode it was in, training or evaluation. Raises ValueError if there are no images.
+    batch's mean loss. The model is put back into the mode it was in.
     """
     was_training = model.training
     model.eval()
@@ -209,11 +203,8 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
         correct += (logits.argmax(dim=1) == labels).sum()
         all_logits.append(logits)
     model.train(was_training)
-    if not all_logits:
-        raise ValueError("evaluate() was given no images")
     all_logits = torch.cat(all_logits)
-    count = len(all_logits)
-    return float(loss_sum) / count, int(correct) / count, all_logits
+    return float(loss_sum) / len(all_logits), int(correct) / len(all_logits), all_logits
 
 
 # ===== The run ========================
@@ -244,64 +235,62 @@ def select_device(name="auto"):
 
 @torch.no_grad()
 def choose_size(model):
-    """Return 26 if the last two rows and columns of 28x28 do not matter, else 28."""
+    """Return 26 if the logits do not depend on the last two pixels, else 28."""
     images = torch.randn(2, 1, 28, 28)
-    with explaining("the model's layers do not fit together"):
-        logits = model(images)
-        if logits.shape != (2, 10):
-            raise UserError(f"the model must return 10 logits, not {logits.shape[1:]}")
-    # The CNN makes 5x5 of both: 28, 26, 13, 11, 5 pixels and 26, 24, 12, 10, 5.
+    with explaining("the model must return 10 logits per image"):
+        logits = model(images).view(2, 10)
+    # The CNN makes 5x5 of both: 28 > 26 > 13 > 11 > 5 and 26 > 24 > 12 > 10 > 5.
     with suppress(RuntimeError):  # other layers may fit 28x28 only
         if torch.allclose(model(images[..., :26, :26]), logits, atol=1e-4):
             return 26
     return 28
 
 
-def train_run(settings, folder):
-    """Train, test and keep one model as the settings say; return its Recorder."""
-    accurate, name = settings.recipe == "accurate", settings.model.upper()
+def train_run(args, folder):
+    """Train, test and keep one model; return its Recorder."""
+    accurate, name = args.recipe == "accurate", args.model.upper()
 
     # --- 1. Data ---
-    device = select_device(settings.device)
-    images, labels, test_images, test_labels = load_mnist(settings.data_dir)
-    images = images[: settings.limit or None].to(device)  # 0: all
-    labels = labels[: settings.limit or None].to(device)
-    steps = math.ceil(len(labels) / settings.batch_size)  # per epoch
+    device = select_device(args.device)
+    images, labels, test_images, test_labels = load_mnist(args.data_dir)
+    images = images[: args.limit or None].to(device)  # 0: all
+    labels = labels[: args.limit or None].to(device)
+    steps = math.ceil(len(labels) / args.batch_size)  # per epoch
 
     # --- 2. Model, loss, optimizer ---
-    size = choose_size(MODELS[settings.model]())  # 26x26 is faster
-    torch.manual_seed(settings.seed)
-    model = MODELS[settings.model]().to(device)
+    size = choose_size(MODELS[args.model]())  # 26x26 is faster
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model]().to(device)
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # faster convolutions
     # Softmax is inside this loss: the model returns logits.
     loss_function = nn.CrossEntropyLoss(label_smoothing=SMOOTHING if accurate else 0)
-    if settings.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), settings.lr)
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), args.lr)
     else:
         more = SGD if accurate else {}
-        optimizer = torch.optim.SGD(model.parameters(), settings.lr, **more)
-    recorder = Recorder(settings, folder, device, steps, model, optimizer)
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, **more)
+    recorder = Recorder(args, folder, device, steps, model, optimizer)
     done = recorder.epochs_done  # 0, unless a run is resumed
-    # The learning rate is constant, or has the accurate recipe's schedule over all steps.
-    schedule = functools.partial(one_cycle, settings.epochs * steps if accurate else 0)
-    scheduler = LambdaLR(optimizer, schedule, last_epoch=done * steps - 1)
-    # torchrun: its gradients are averaged over all processes; the weights are model's.
+    # The learning rate is constant, or has the accurate recipe's schedule.
+    cycle = functools.partial(one_cycle, args.epochs * steps)
+    factor = cycle if accurate else lambda step: 1.0
+    scheduler = LambdaLR(optimizer, factor, last_epoch=done * steps - 1)
+    # With torchrun: the same weights, but averaged gradients.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
         # --- 3. Train ---
         print(RULE, f"TRAINING {name} MODEL", RULE, sep="\n")
         print(model)
-        summary(MODELS[settings.model](), (1, 28, 28), device="cpu")
-        for epoch in range(done + 1, settings.epochs + 1):
+        summary(MODELS[args.model](), (1, 28, 28), device="cpu")
+        for epoch in range(done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # Each epoch has its own seed, so that a resumed run continues exactly. (There
-            # are at most 10,000 epochs: no seed is used twice.)
-            torch.manual_seed(10_001 * settings.seed + epoch)
-            share = slice(RANK, None, WORLD_SIZE)  # without torchrun: everything
+            # Each epoch has its own seed: a resumed run continues exactly.
+            torch.manual_seed(10_001 * args.seed + epoch)
+            share = slice(RANK, None, WORLD_SIZE)  # without torchrun: all
             order = torch.randperm(len(labels))[share].to(device)
-            batch_size = settings.batch_size // WORLD_SIZE
+            batch_size = args.batch_size // WORLD_SIZE
             batches = make_batches(images, labels, batch_size, order)
             if accurate:
                 batches = augment(batches, draw_distortions(len(labels))[share])
@@ -312,7 +301,7 @@ def train_run(settings, folder):
             )
             loss, accuracy = average(loss, accuracy, device)
             recorder.end_epoch(loss, accuracy)
-            print(f"Epoch {epoch}/{settings.epochs}, Accuracy: {accuracy:.4f}")
+            print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
         if RANK > 0:  # with torchrun, only the first process tests
             return recorder
 
@@ -333,8 +322,7 @@ def train_run(settings, folder):
 
 
 # ===== The accurate recipe ============
-# A learning rate that rises and falls, digits that look different in every epoch, and a
-# test that averages nine views of each digit. How it was chosen: tests/README.md.
+# Schedule, distorted digits, nine views in the test. How it was chosen: tests/README.md
 
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
 SMOOTHING = 0.05  # of the labels: Szegedy et al. 2016, arXiv:1512.00567
@@ -342,9 +330,7 @@ ANGLE, SCALE, SHIFT = 5, 0.1, 2  # at most: degrees, share of the size, pixels
 
 
 def one_cycle(steps, step):
-    """Return the learning rate's factor at a step: Smith 2018, arXiv:1803.09820."""
-    if not steps:
-        return 1.0
+    """Return the factor of the learning rate: Smith 2018, arXiv:1803.09820."""
     progress = (step + 0.5) / steps
     return max(0.0, min(progress / 0.3, (1 - progress) / 0.7))  # up, then down
 
@@ -354,7 +340,7 @@ def draw_distortions(count):
     angle, shear, width, height, x, y = 2 * torch.rand(6, count) - 1  # from -1 to 1
     angle, shear = math.radians(ANGLE) * angle, math.radians(ANGLE) * shear
     width, height = 1 + SCALE * width, 1 + SCALE * height
-    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # 14 pixels, half of the image, are 1
+    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # half of the image is 1
     cos, sin = angle.cos(), angle.sin()
     top = torch.stack([width * cos, shear * cos - height * sin, x], dim=1)
     bottom = torch.stack([width * sin, shear * sin + height * cos, y], dim=1)
@@ -362,10 +348,7 @@ def draw_distortions(count):
 
 
 def augment(batches, distortions):
-    """Yield the batches, every image distorted by its own map, in order.
-
-    The strokes of a third of the batches are thickened by half, of a third thinned.
-    """
+    """Yield the batches, distorted; in a third, strokes are thicker, in a third thinner."""
     start = 0
     for images, labels in batches:
         maps = distortions[start : start + len(images)].to(images.device)
@@ -381,7 +364,7 @@ def augment(batches, distortions):
 
 
 class ShiftAverage(nn.Module):
-    """The mean logits of a model for an image and its eight shifts by one pixel."""
+    """The mean logits for an image and its eight shifts by one pixel."""
 
     def __init__(self, model):
         super().__init__()
@@ -395,17 +378,14 @@ class ShiftAverage(nn.Module):
 
 
 # ===== The recorder ===================
-# What shows, tracks and keeps the run. Read it when you need it.
+# What shows, tracks and keeps the run. LossHistory and PeriodicPlotter are as in
+# mitdeeplearning.util 0.7.5.
 
-KEPT = ("history", "losses", "snapshots", "comet_key")  # in a checkpoint
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"  # colour-blind safe
 
 
 class LossHistory:
-    """Smoothed values: the first one raw, then a * last + (1 - a) * value.
-
-    This class and the next have the interface of mitdeeplearning.util 0.7.5.
-    """
+    """Smoothed values: the first one raw, then a * last + (1 - a) * value."""
 
     def __init__(self, smoothing_factor=0.0):
         self.smoothing_factor = smoothing_factor
@@ -422,21 +402,17 @@ class LossHistory:
 
 
 class PeriodicPlotter:
-    """Draws a growing curve into the PNG file `path`, at most every `sec` seconds.
+    """Draws a growing curve into a PNG file every `sec` seconds."""
 
-    `scale` is None, semilogx, semilogy or loglog; else ValueError.
-    """
-
-    def __init__(self, sec, xlabel="", ylabel="", scale=None, path=None):
+    def __init__(self, sec, xlabel="", ylabel="", scale=None, path="loss.png"):
         if scale not in (None, "semilogx", "semilogy", "loglog"):
             raise ValueError(f"unrecognized parameter scale {scale!r}")
         self.sec, self.path, self.drawn = sec, path, time.monotonic()
         self.figure = Figure(figsize=(7, 4))
         self.axes = self.figure.subplots()
-        self.figure.subplots_adjust(0.11, 0.13, 0.98, 0.97)  # a layout engine is slow
+        self.figure.subplots_adjust(0.14, 0.13, 0.98, 0.97)  # faster than a layout
         (self.curve,) = getattr(self.axes, scale or "plot")([], [], color=BLUE)
         self.axes.set(xlabel=xlabel, ylabel=ylabel)
-        self.axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
         self.axes.grid(which="both", alpha=0.3)
 
     def plot(self, data):
@@ -444,29 +420,39 @@ class PeriodicPlotter:
             self.draw(data)
 
     def draw(self, data):
-        """Draw the values now, up to the last one."""
         self.curve.set_data(range(1, len(data) + 1), data)
         self.axes.relim()
         self.axes.autoscale_view()
-        if self.path:
-            save_figure(self.figure, self.path)
+        save_figure(self.figure, self.path)
         self.drawn = time.monotonic()
 
 
 class Recorder:
     """Shows, tracks and saves a run, however it ends."""
 
-    def __init__(self, settings, folder, device, steps, model, optimizer):
+    def __init__(self, args, folder, device, steps, model, optimizer):
         """`steps`: per epoch. If the folder has a checkpoint, continue from it."""
-        self.settings, self.folder, self.steps = settings, folder, steps
+        self.args, self.folder, self.steps = args, folder, steps
         self.device, self.model, self.optimizer = device, model, optimizer
-        self.history = {"train_loss": [], "train_accuracy": [], "epoch_seconds": []}
-        self.losses, self.snapshots, self.results = [], [], {}
-        self.bar, self.waiting, self.comet_key = None, [], None
+        self.waiting, self.bar, self.results = [], tqdm(disable=True), {}
+        history = {"train_loss": [], "train_accuracy": [], "epoch_seconds": []}
+        self.kept = {
+            "history": history,
+            "losses": [],
+            "snapshots": [],
+            "comet_key": None,
+        }
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
-            self.load_checkpoint()
+            with explaining(f"{self.checkpoint} does not fit"):
+                saved = torch.load(self.checkpoint, "cpu", weights_only=True)
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+                self.kept = saved["kept"]
+        self.history, self.losses = self.kept["history"], self.kept["losses"]
         self.epochs_done = len(self.history["train_loss"])
+        if self.epochs_done > args.epochs:
+            raise UserError("--epochs: the run has done more")
         self.smoothed = LossHistory(smoothing_factor=0.95)
         for loss in self.losses:
             self.smoothed.append(loss)
@@ -474,29 +460,17 @@ class Recorder:
         self.plotter = PeriodicPlotter(2, "iteration", "smoothed loss", "semilogy", png)
         self.shown = self.page_written = 0
 
-    def load_checkpoint(self):
-        with explaining(f"{self.checkpoint} does not fit"):
-            kept = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            self.model.load_state_dict(kept["model"])
-            self.optimizer.load_state_dict(kept["optimizer"])
-            for name in KEPT:
-                setattr(self, name, kept[name])
-            for name in FLAGS.keys() - RESUMABLE:
-                if kept["settings"][name] != getattr(self.settings, name):
-                    raise ValueError(f"it was trained with another {name}")
-            if len(self.history["train_loss"]) > self.settings.epochs:
-                raise UserError("--epochs: the run to resume has done more")
-
     def __enter__(self):
-        """Start or continue everything."""
-        self.config = describe(self.settings, self.device)
+        self.config = describe(self.args, self.device)
         kept = self.config["settings"]
-        self.comet, where = start_comet(kept["comet"], self.folder, self.comet_key)
+        self.comet, where = start_comet(
+            kept["comet"], self.folder, self.kept["comet_key"]
+        )
         save_json(self.config, self.folder / "config.json")
         print("Settings:", ", ".join(f"{name} {kept[name]}" for name in kept))
         print(f"Device: {self.device}\nFolder: {self.folder}")
         print(f"Report: {self.folder / 'report.html'}\nComet: {where}")
-        self.comet_key = self.comet.get_key()
+        self.kept["comet_key"] = self.comet.get_key()
         self.comet.set_name(self.folder.name)
         self.comet.log_parameters(kept)
         self.comet.set_model_graph(str(self.model))
@@ -505,7 +479,7 @@ class Recorder:
                 self.comet.log_metric("loss", loss, step=step)
             for epoch in range(1, self.epochs_done + 1):
                 self.log_epoch(epoch)
-        self.network = take_snapshot(self)
+        self.page = take_snapshot(self)
         self.write_page("training")
 
     def start_epoch(self):
@@ -519,10 +493,9 @@ class Recorder:
             self.show()
 
     def show(self):
-        losses = torch.stack(self.waiting).tolist() if self.waiting else []
+        losses = [loss.item() for loss in self.waiting]
         self.waiting.clear()
-        # Online, Comet takes 200 values a second. It gets at most 10.
-        every = math.ceil(len(losses) / 2) if self.comet.url else 1
+        every = math.ceil(len(losses) / 2) if self.comet.url else 1  # 10 a second
         for loss in losses:
             check_finite(loss, "loss")
             self.losses.append(loss)
@@ -543,13 +516,12 @@ class Recorder:
         self.bar.close()
         for weights in self.model.parameters():
             check_finite(weights.detach().sum().item(), "weights")
-        seconds = time.perf_counter() - self.epoch_start
-        for name, value in zip(self.history, (loss, accuracy, seconds)):
-            self.history[name].append(value)
+        self.history["train_loss"].append(loss)
+        self.history["train_accuracy"].append(accuracy)
+        self.history["epoch_seconds"].append(time.perf_counter() - self.epoch_start)
         self.epochs_done += 1
-        self.network = take_snapshot(self)
-        checkpoint = {name: getattr(self, name) for name in KEPT}
-        checkpoint["settings"] = self.config["settings"]
+        self.page = take_snapshot(self)
+        checkpoint = {"kept": self.kept, "settings": self.config["settings"]}
         checkpoint["model"] = self.model.state_dict()
         checkpoint["optimizer"] = self.optimizer.state_dict()
         save_tensors(checkpoint, self.checkpoint)
@@ -562,56 +534,46 @@ class Recorder:
 
     def write_page(self, state, message=""):
         smoothed = self.smoothed.get()
-        values = {"kind": "run", "message": message, "curve": thin(smoothed)}
-        values |= {"history": self.history, "results": self.results}
-        values |= {"steps_per_epoch": self.steps, "steps_done": len(smoothed)}
-        write_page(self.folder, self.config | self.network | values, state)
+        values = {"kind": "run", "history": self.history, "results": self.results}
+        values |= {"steps_per_epoch": self.steps, "steps_done": len(self.losses)}
+        values |= {"message": message, "curve": np.round(smoothed, 4).tolist()}
+        write_page(self.folder, self.config | self.page | values, state)
         self.page_written = time.monotonic()
 
     def keep(self, loss, accuracy, logits, images, labels):
-        """Keep the weights, and the test's results as numbers and pictures."""
+        """Keep weights and test results, as numbers and pictures."""
         check_finite(loss, "test loss")
-        weights = self.model.state_dict()
-        weights = {name: weights[name].cpu().contiguous() for name in weights}
-        save_tensors(weights, self.folder / "model.pt")
-        probabilities = logits.softmax(dim=1)
-        numbers = {"test_loss": loss, "test_accuracy": accuracy}
-        numbers["calibration_error"] = calibration_error(probabilities, labels)
-        digits = [part.cpu().numpy() for part in (images, probabilities, labels)]
-        images, probabilities, labels = self.digits = digits
-        answers = probabilities.argmax(axis=1)
-        self.right = answers == labels
+        folder = self.folder
+        save_tensors(self.weights, folder / "model.pt")
+        digits = images, logits.softmax(dim=1), labels
+        digits = images, probabilities, labels = [part.cpu().numpy() for part in digits]
+        answers, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        # Expected calibration error, 15 bins: Guo et al. 2017, arXiv:1706.04599.
+        bins = (15 * confidence).astype(int).clip(max=14)
+        gaps = np.bincount(bins, confidence - (answers == labels))
+        self.results = {"test_loss": loss, "test_accuracy": accuracy}
+        self.results["calibration_error"] = abs(gaps).sum() / len(labels)
+        self.comet.log_metrics(self.results, step=len(self.losses))
         matrix = np.bincount(10 * labels + answers, minlength=100).reshape(10, 10)
-        self.comet.log_metrics(numbers, step=len(self.losses))
+        self.results["confusion_matrix"] = matrix.tolist()
         self.comet.log_confusion_matrix(matrix=matrix.tolist())
-        self.results = numbers | {"confusion_matrix": matrix.tolist()}
-        wrong = np.flatnonzero(~self.right)
-        order = np.argsort(-probabilities[wrong].max(axis=1))
-        wrong = wrong[order][:200]  # the most confident first
-        self.network["first"] = encode_digits(digits, range(20))
-        self.network["wrong"] = encode_digits(digits, wrong)
-        pictures = {
-            "sample_prediction": draw_results(digits, [0]),
-            "single_prediction": draw_results(digits, [0], bars=True),
-            "predictions_grid": draw_results(digits, range(20)),
-            "worst_mistakes": draw_results(digits, wrong[:20]),
-            "confusion_matrix": draw_confusion(matrix),
-        }
-        for name, figure in pictures.items():
-            save_figure(figure, self.folder / f"{name}.png")
+        wrong = np.flatnonzero(answers != labels)
+        wrong = wrong[np.argsort(-confidence[wrong])]  # the most confident first
+        self.page["first"] = encode_digits(digits, range(20))
+        self.page["wrong"] = encode_digits(digits, wrong[:200])
+        self.page["wrong"]["numbers"] = wrong.tolist()  # of all
+        save_figure(draw_results(digits, [0]), folder / "sample_prediction.png")
+        save_figure(draw_results(digits, [0], True), folder / "single_prediction.png")
+        save_figure(draw_results(digits, range(20)), folder / "predictions_grid.png")
+        save_figure(draw_results(digits, wrong[:20]), folder / "worst_mistakes.png")
+        save_figure(draw_confusion(matrix), folder / "confusion_matrix.png")
 
     def __exit__(self, kind, error, traceback):
         """Complete everything, also of a run that did not finish."""
-        state = "finished"
-        if error is not None and kind is not BrokenPipeError:
-            state = "stopped" if kind is KeyboardInterrupt else "failed"
-            done = f"{self.epochs_done} of {self.settings.epochs} epochs are done"
-            warn(f"the run has {state}: {done}, in {self.folder}")
-        if self.bar:
-            self.bar.close()
+        state = {None: "finished", KeyboardInterrupt: "stopped"}.get(kind, "failed")
+        self.bar.close()
         try:
-            if self.losses:
-                self.plotter.draw(self.smoothed.get())
+            self.plotter.draw(self.smoothed.get())
             whole = {"losses": self.losses[: self.epochs_done * self.steps]}
             save_json(self.history | whole | self.results, self.folder / "metrics.json")
             self.write_page(state, str(error) if state == "failed" else "")
@@ -624,14 +586,11 @@ class Recorder:
 
 def check_finite(value, name):
     if not math.isfinite(value):
-        raise UserError(f"training diverged: {name} {value}; try a smaller --lr", 1)
-
-
-# ===== Pictures =======================
+        raise UserError(f"training diverged: {name} {value}; reduce --lr", 1)
 
 
 def draw_digits(images, probabilities, titles, colours, bars):
-    """Return a Figure of images (N, 28, 28), and bar charts of probabilities."""
+    """Return a Figure of images, and of their probabilities."""
     columns = min(2 if bars else 4, len(images))
     rows = math.ceil(len(images) / columns)
     width, parts = (6, 3) if bars else (2.1, 1)
@@ -640,9 +599,9 @@ def draw_digits(images, probabilities, titles, colours, bars):
         axes = figure.add_subplot(rows, parts * columns, parts * n + 1)
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
-        colour, title = colours[n], titles[n].encode(errors="replace").decode()
+        colour = colours[n]
         axes.spines[:].set(color=colour, linewidth=4 if colour == VERMILION else 1)
-        axes.set_title(title, color=colour, size=9, loc="left", parse_math=False)
+        axes.set_title(titles[n], color=colour, size=9, loc="left", parse_math=False)
         if bars:
             place = parts * n + 2, parts * n + 3
             axes = figure.add_subplot(rows, parts * columns, place)
@@ -655,7 +614,7 @@ def draw_digits(images, probabilities, titles, colours, bars):
 
 
 def draw_results(digits, chosen, bars=False):
-    """Return a Figure of some digits with prediction and true label."""
+    """Return a Figure of digits, predictions and true labels."""
     images, probabilities, labels = (part[chosen] for part in digits)
     titles, colours = [], []
     for row, label in zip(probabilities, labels):
@@ -674,29 +633,19 @@ def draw_confusion(matrix):
     axes = figure.subplots()
     axes.imshow(mistakes, cmap="Oranges", vmax=max(1, 2 * mistakes.max()))
     for (row, column), count in np.ndenumerate(matrix):
-        style = {"color": BLUE, "weight": "bold"} if row == column else {}
-        axes.text(column, row, count or "·", ha="center", va="center", **style)
+        colour = BLUE if row == column else "black"
+        axes.text(column, row, count or "·", ha="center", va="center", color=colour)
     share = 100 * right / matrix.sum(axis=1)
     axes.set_yticks(range(10), [f"{share[n]:.1f} %   {n}" for n in range(10)])
     axes.set(xlabel="predicted", ylabel="accuracy and true label", xticks=range(10))
     return figure
 
 
-def calibration_error(probabilities, labels):
-    """Return the expected calibration error: Guo et al. 2017, arXiv:1706.04599."""
-    confidence, digits = probabilities.max(dim=1)
-    number = (15 * confidence).long().clamp(max=14)  # of 15 equal bins
-    excess = confidence - (digits == labels).float()
-    gaps = torch.zeros(15, device=labels.device).index_add(0, number, excess)
-    return float(gaps.abs().sum()) / len(labels)
-
-
 # ===== Comet ==========================
 
 COMET_DEFAULTS = {  # of Comet's own variables; what the user has set wins
     "COMET_LOGGING_CONSOLE": "CRITICAL",
-    # An online experiment writes an archive, too.
-    "COMET_FALLBACK_STREAMER_KEEP_OFFLINE_ZIP": "1",
+    "COMET_FALLBACK_STREAMER_KEEP_OFFLINE_ZIP": "1",  # online, an archive, too
     "COMET_TIMEOUT_HTTP": "5",  # seconds, if the server does not answer
     "COMET_TIMEOUT_API": "5",
     "COMET_TIMEOUT_FILE_UPLOAD": "5",
@@ -707,7 +656,7 @@ NO_KEY = "YOUR_API_KEY_HERE"
 
 
 class NoExperiment:
-    """Stands in for an experiment when tracking is off; ignores all calls."""
+    """An experiment that ignores all calls: tracking is off."""
 
     url = None
 
@@ -716,7 +665,7 @@ class NoExperiment:
 
 
 def start_comet(mode, folder, key):
-    """Return an experiment, of this key if there is one, and where it goes."""
+    """Return an experiment, with this key if any, and where it goes."""
     if mode == "off" or RANK > 0:
         return NoExperiment(), "off"
     for name, value in COMET_DEFAULTS.items():
@@ -726,8 +675,8 @@ def start_comet(mode, folder, key):
     except ImportError:
         if mode != "auto":
             raise UserError(f"--comet {mode} needs: pip install comet-ml") from None
-        return NoExperiment(), "off (comet-ml is not installed: pip install comet-ml)"
-    public = COMET_API_KEY == NO_KEY  # else code and patch would show the key
+        return NoExperiment(), "off (it needs: pip install comet-ml)"
+    public = COMET_API_KEY == NO_KEY  # else the code shows the key
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
         "experiment_key": key,
@@ -744,7 +693,7 @@ def start_comet(mode, folder, key):
     }
     api_key = comet_ml.get_config("comet.api_key") or COMET_API_KEY
     if mode == "online" and api_key == NO_KEY:
-        raise UserError("--comet online: there is no API key; set COMET_API_KEY")
+        raise UserError("--comet online needs an API key: set COMET_API_KEY")
     where = "offline"
     if mode != "offline" and api_key != NO_KEY:
         where = "offline (Comet does not answer, or rejects the API key)"
@@ -753,7 +702,7 @@ def start_comet(mode, folder, key):
             if experiment.alive:
                 return experiment, experiment.url
         if mode == "online":
-            raise UserError(f"--comet online is not possible, only {where}", 1)
+            raise UserError(f"--comet online fails: {where}", 1)
     return comet_ml.start(online=False, **options), where
 
 
@@ -767,8 +716,8 @@ def end_comet(experiment, folder):
     archive = shlex.quote(archives[-1].as_posix())
     if experiment.url is None:
         return f"{place}; comet upload {archive}"
-    copy = f"if Comet lacks something: comet upload --force-reupload {archive}"
-    return f"{experiment.url}; {place}; {copy}"
+    again = f"if it is incomplete: comet upload --force-reupload {archive}"
+    return f"{experiment.url}; {place}; {again}"
 
 
 # ===== Files ==========================
@@ -784,11 +733,9 @@ class UserError(Exception):
 
 @contextmanager
 def explaining(what, status=2):
-    """Turn any error, such as a damaged file can raise, into a UserError."""
+    """Turn any error, as from a damaged file, into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # noqa: BLE001
         raise UserError(f"{what}: {error!r:.300}", status) from None
 
@@ -799,9 +746,9 @@ def warn(text):
         print(f"main.py: {text}", file=sys.stderr)
 
 
-def describe(settings, device):
+def describe(args, device):
     """Return what config.json holds."""
-    kept = {name: getattr(settings, name) for name in (*FLAGS, "compare")}
+    kept = {name: getattr(args, name) for name in FLAGS}
     packages = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
     return {
         "settings": kept,
@@ -814,15 +761,14 @@ def describe(settings, device):
 
 
 def read_config(folder):
-    """Return the settings in the config.json of a run's folder."""
+    """Return the settings that a run's folder has kept."""
     with explaining(f"{folder} is not a run folder (config.json)"):
-        text = Path(folder, "config.json").read_text(encoding="utf-8")
-        settings = json.loads(text)["settings"]
-        return {name: settings[name] for name in (*FLAGS, "compare")}
+        kept = json.loads(Path(folder, "config.json").read_bytes())["settings"]
+        return {name: kept[name] for name in FLAGS}
 
 
 def make_run_folder(output_dir, name):
-    """Make a new folder, named by the time and `name`; return it."""
+    """Make and return a new folder, named by time and `name`."""
     if RANK > 0:
         return Path(os.devnull)
     folder = Path(output_dir, time.strftime("%Y%m%d-%H%M%S-") + name)
@@ -835,8 +781,8 @@ def make_run_folder(output_dir, name):
     return folder
 
 
-def write(path, content):
-    """Write a file: whole, or not at all."""
+def write(path, content, needed=True):
+    """Write a file, whole or not at all; if that fails, raise or warn."""
     if RANK > 0:  # only the first process writes
         return
     part = Path(f"{path}.part")
@@ -844,8 +790,9 @@ def write(path, content):
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        error.filename = str(path)
-        raise
+        if needed:
+            raise
+        warn(f"cannot write {path}: {error.strerror}")
     finally:
         part.unlink(missing_ok=True)
 
@@ -861,15 +808,9 @@ def save_tensors(values, path):
 
 
 def save_figure(figure, path):
-    """Write a Figure as PNG. If that fails, only warn."""
     content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # names may have letters of no font
-        figure.savefig(content, format="png", dpi=100)
-    try:
-        write(path, content.getbuffer())
-    except OSError as error:
-        warn(f"cannot write {path}: {error.strerror}")
+    figure.savefig(content, format="png", dpi=100)
+    write(path, content.getbuffer(), needed=False)
 
 
 def load_predictor(path):
@@ -878,7 +819,7 @@ def load_predictor(path):
     if not path.is_file():  # a folder: take its newest run
         found = sorted(path.rglob("model.pt"), key=os.path.getmtime)
         if not found:
-            raise UserError(f"no trained network in {path}: python main.py trains one")
+            raise UserError(f"no model.pt in {path}: python main.py makes one")
         path = found[-1]
     with explaining(f"{path} is damaged, or not a model of this script"):
         # weights_only: code in a file from elsewhere does not run.
@@ -887,19 +828,19 @@ def load_predictor(path):
         model = MODELS["cnn" if "conv1.weight" in state else "fc"]().eval()
         model.load_state_dict(state)
     known = (path.parent / "config.json").exists()
-    accurate = known and read_config(path.parent)["recipe"] == "accurate"
-    return (ShiftAverage(model) if accurate else model), path
+    if known and read_config(path.parent)["recipe"] == "accurate":
+        model = ShiftAverage(model)
+    return model, path
 
 
 def read_archive(path, md5):
     """Return the bytes of a file of MNIST; download it if it is missing."""
     missing = not path.exists()
-    hint = f"put the file with MD5 sum {md5} there (see data/README.md)"
-    with explaining(f"cannot get {path}: {hint}"):
+    with explaining(f"put {path} there (MD5 sum {md5}, see data/README.md)"):
         content = download(path.name) if missing else path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        reason = f"damaged, or not MNIST's file (its MD5 sum is not {md5})"
-        raise UserError(f"{path} is {reason}: move it away, or use another --data-dir")
+        reason = f"damaged, or not MNIST's (its MD5 sum is not {md5})"
+        raise UserError(f"{path} is {reason}: move it away, or change --data-dir")
     if missing:
         with suppress(OSError):  # the folder may be read-only
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -916,8 +857,7 @@ def download(name):
 
 
 # ===== Several processes ==============
-# With torchrun, each process trains on its share of every batch, and the gradients are
-# averaged: but for rounding, the weights are those of one process.
+# torchrun: each process trains on its share of a batch; gradients are averaged.
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # 0: the first process
@@ -927,15 +867,11 @@ LOCAL_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
 
 
 @contextmanager
-def join_processes(settings):
+def join_processes(args):
     """Join the processes that torchrun has started."""
-    if not LAUNCHED:
-        yield
-        return
-    if settings.batch_size % WORLD_SIZE or (settings.limit or 60_000) % WORLD_SIZE:
-        reason = f"not divisible by {WORLD_SIZE} processes"
-        raise UserError(f"--batch-size or --limit (or 60,000): {reason}")
-    device = select_device(settings.device)
+    if args.batch_size % WORLD_SIZE or (args.limit or 60_000) % WORLD_SIZE:
+        raise UserError(f"--batch-size and --limit must be divisible by {WORLD_SIZE}")
+    device = select_device(args.device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with redirect_stdout(sys.stdout if RANK == 0 else None):
         yield
@@ -952,255 +888,199 @@ def average(loss, accuracy, device):
 
 
 # ===== Several runs ===================
-# --seeds: how much of a result is chance? --compare: what does the convolution bring?
+# --seeds: how much is chance? --compare: what does convolution bring?
 
 
-def train_all(settings, folder):
+def train_all(args, folder):
     """Train once, or once for each seed and model, and compare."""
-    models = ("fc", "cnn") if settings.compare else (settings.model,)
-    seeds = range(settings.seed, settings.seed + settings.seeds)
+    models = ("fc", "cnn") if args.model == "both" else (args.model,)
+    seeds = range(args.seed, args.seed + args.seeds)
     pairs = [(model, seed) for seed in seeds for model in models]
     if len(pairs) == 1:
-        train_run(settings, folder)
+        train_run(args, folder)
         return
-    config, runs, rows = describe(settings, settings.device), [], []
+    config, rows, wrong = describe(args, args.device), [], []
     save_json(config, folder / "config.json")
-    page = config | {"kind": "study", "runs": rows, "planned": len(pairs)}
+    study = {"kind": "study", "planned": len(pairs), "runs": rows, "wrong": wrong}
     try:
         for model, seed in pairs:
-            print(f"Run {len(runs) + 1} of {len(pairs)}: {model}, seed {seed}")
-            write_page(folder, page | {"contrast": contrast(runs)}, "training")
-            one = argparse.Namespace(**vars(settings))
-            one.model, one.seed, one.seeds, one.compare = model, seed, 1, False
+            print(f"Run {len(rows) + 1} of {len(pairs)}: {model}, seed {seed}")
+            write_page(folder, config | study, "training")
+            one = vars(args) | {"model": model, "seed": seed, "seeds": 1}
             run_folder = folder / f"{model}-seed-{seed}"
             if RANK == 0:
                 run_folder.mkdir(exist_ok=True)
-            runs.append(train_run(one, run_folder))
+            run = train_run(argparse.Namespace(**one), run_folder)
             if RANK == 0:
-                rows.append(describe_results(runs[-1]))
+                rows.append(describe_results(run))
+                wrong += [run.page["wrong"]] if len(wrong) < 2 else []
     finally:
         state = "finished" if len(rows) == len(pairs) else "stopped"
-        write_page(folder, page | {"contrast": contrast(runs)}, state)
+        write_page(folder, config | study, state)
     if RANK == 0:
         print_table(rows)
         save_json({"runs": rows}, folder / "metrics.json")
-        print(f"The results of all {len(runs)} runs are in {folder}")
+        print(f"The results of all {len(rows)} runs are in {folder}")
 
 
 def describe_results(run):
-    """Return a run's row in the table and on the page, from its Recorder."""
+    """Return a run's row of the table, from its Recorder."""
     return {
-        "model": run.settings.model,
-        "seed": run.settings.seed,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "model": run.args.model,
+        "seed": run.args.seed,
+        "parameters": sum(part.numel() for part in run.model.parameters()),
         "seconds": sum(run.history["epoch_seconds"]),
         "train_accuracy": run.history["train_accuracy"][-1],
         "test_accuracy": run.results["test_accuracy"],
         "test_loss": run.results["test_loss"],
         "name": run.folder.name,
-        "curve": thin(run.smoothed.get()),
+        "curve": np.round(run.smoothed.get(), 4).tolist(),
     }
 
 
-def contrast(runs):
-    """Return test digits that only one of the first two runs gets right."""
-    if RANK > 0 or len(runs) < 2 or runs[0].settings.model == runs[1].settings.model:
-        return None
-    parts = []
-    for good, bad in ((runs[1], runs[0]), (runs[0], runs[1])):
-        chosen = np.flatnonzero(good.right & ~bad.right)[:20]
-        title = f"Only {type(good.model).__name__} classifies them correctly"
-        digits, name = encode_digits(bad.digits, chosen), type(bad.model).__name__
-        parts.append({"title": title, "wrong": name, "digits": digits})
-    return parts
-
-
 def print_table(rows):
-    """Print the runs, and mean ± standard deviation for each model."""
+    """Print the runs, and each model's mean ± standard deviation."""
     print("model  seed  parameters  seconds  train accuracy  test accuracy  test loss")
     layout = "{:5} {:5} {:11,} {:8.1f} {:15.4f} {:14.4f} {:10.4f}"
     for row in rows:
         print(layout.format(*row.values()))
     for model in sorted({row["model"] for row in rows}):
-        for name in ("seconds", "train_accuracy", "test_accuracy", "test_loss"):
-            values = [row[name] for row in rows if row["model"] == model]
-            if len(values) > 1:
-                deviation = np.std(values, ddof=1)
-                print(f"{model}, mean {name}: {np.mean(values):.4f} ± {deviation:.4f}")
+        values = [row["test_accuracy"] for row in rows if row["model"] == model]
+        if len(values) > 1:
+            spread = np.std(values, ddof=1)
+            print(f"{model}, mean test accuracy: {np.mean(values):.4f} ± {spread:.4f}")
 
 
 # ===== Your own digits ================
 # --predict: photographs and drawings become images like MNIST's.
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
-
 
 def find_images(names):
-    """Return the files that names, folders and patterns such as *.png stand for."""
-    kinds, files = Image.registered_extensions(), []
-    endings = (*(ending for ending in kinds if kinds[ending] in FORMATS), ".heic")
+    """Return the files of names, folders and patterns such as *.png."""
+    files, kinds = [], Image.registered_extensions()
+    endings = (".heic", *(end for end in kinds if kinds[end] in Image.OPEN))
     for name in names:
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
         if os.path.isdir(name):
-            inside = sorted(glob.glob(os.path.join(glob.escape(name), "*")))
-            found = [file for file in inside if file.lower().endswith(endings)]
-        files += found or [name]
+            name = os.path.join(glob.escape(name), "*")
+        found = sorted(glob.glob(name))
+        files += [file for file in found if file.lower().endswith(endings)] or [name]
     return files
 
 
 def read_photo(path):
-    """Return an image file, upright, as grey levels: float32 (H, W), 0 to 255."""
+    """Return a picture, upright, as grey levels: float32 (H, W), 0 to 255."""
     with suppress(ImportError):  # for pictures of iPhones
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=formats) as image:
-                image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 bits or more: what counts is the contrast
-            values = np.nan_to_num(np.array(image, np.float32), posinf=0, neginf=0)
-            values = (values - values.min()) * (255 / max(np.ptp(values), 1e-9))
-            image = Image.fromarray(values)
-        else:  # transparency becomes grey, from which black and white stand out
-            paper = Image.new("RGBA", image.size, "grey")
-            image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+        # Transparency becomes grey, from which black and white stand out.
+        paper = Image.new("RGBA", image.size, "grey")
+        image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
         image.thumbnail((1000, 1000))
         return np.array(image, np.float32)
+    except UnidentifiedImageError:
+        reason = "not an image (try JPEG; for HEIC: pip install pillow-heif)"
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
         reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image, try JPEG or PNG (for HEIC: pip install pillow-heif)"
-        raise UserError(f"cannot read {path}: {reason}") from None
-
-
-AROUND = np.ones((3, 3))  # diagonal neighbours are connected, too
+    raise UserError(f"cannot read {path}: {reason}")
 
 
 def find_ink(grey):
-    """Return the ink (H, W): 0 on paper, 1 in a full stroke. None: nothing stands out."""
+    """Return the ink: 0 on paper, 1 in a full stroke; None if there is none."""
     factor = math.ceil(max(grey.shape) / 48)
     small = np.array(Image.fromarray(grey).reduce(factor))
-    blurred = ndimage.gaussian_filter(small, max(small.shape) / 6, mode="mirror")
-    sign = np.sign(((blurred - small) ** 3).sum())  # 1: dark ink on light paper; or -1
-    # Raise each grey level to the light ones around, then lower it to the dark ones: the
-    # strokes vanish, and the paper is left, with its shadows.
-    window = {"size": max(1, max(small.shape) // 2), "mode": "nearest"}
-    paper = ndimage.percentile_filter(sign * small, 75, **window)
-    paper = ndimage.percentile_filter(paper, 25, **window)
-    paper = np.kron(paper, np.ones((factor, factor)))[: len(grey), : grey.shape[1]]
-    darkest = ndimage.minimum_filter(paper, 2 * factor + 1)
-    lightest = ndimage.maximum_filter(paper, 2 * factor + 1)
-    ink = np.clip(sign * grey, darkest, lightest) - sign * grey
-    noise = 3 * np.quantile(np.abs(paper - sign * grey), 0.25)  # one standard deviation
+    size = max(small.shape)
+    blurred = ndimage.gaussian_filter(small, size / 10, mode="mirror")
+    if ((blurred - small) ** 3).sum() < 0:  # light ink on dark paper
+        grey, small = -grey, -small
+    # The light levels around, then the dark ones: no strokes are left.
+    paper, window = small, size // 2 + 1
+    for part in 75, 25:
+        paper = ndimage.percentile_filter(paper, part, window, mode="nearest")
+    paper = ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
+    paper = np.kron(paper, np.ones((factor, factor)))
+    ink = paper[: len(grey), : grey.shape[1]] - grey
+    noise = 6 * np.quantile(abs(ink), 0.25)  # two standard deviations
     stroke = np.median(ink[ink >= ink.max() / 2])
-    if stroke < max(10, 4 * noise, 0.25 * np.ptp(paper)):
+    if stroke < max(10, 2 * noise, np.ptp(paper) / 4):
         return None
-    noise = min(2 * noise, stroke / 4)
-    return ((ink - noise) / (stroke - noise)).astype(np.float32)
+    noise = min(noise, stroke / 4)
+    return np.float32((ink - noise) / (stroke - noise))
 
 
-def find_lines(mask):
-    """Return where ruled lines are: straight, thin, from the left to the right border."""
-    thick = ndimage.maximum_filter(mask, (5, 1))  # so that they may slope
-    length = max(1, mask.shape[1] // 3)
-    runs = ndimage.binary_opening(thick, np.ones((1, length)))
-    number = ndimage.label(runs, AROUND)[0] * mask
-    sizes = np.bincount(number.ravel())
-    sizes[number[[0, -1]]] = mask.size  # at the border, it may be a stroke
-    through = np.intersect1d(number[:, :3], number[:, -3:])
-    return np.isin(number, through[sizes[through] < 0.05 * mask.size])
+def number_parts(mask, gap):
+    """Number the parts of a mask from 1; return their sizes, too."""
+    near = ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
+    number = ndimage.label(near)[0] * mask
+    boxes = ndimage.find_objects(number)
+    sizes = [(y.stop - y.start, x.stop - x.start) for y, x in boxes]
+    return number, np.array([(0, 0), *sizes])  # 0 is the paper
 
 
-def remove_lines(ink):
-    """Return a mask (H, W) of the ink without ruled lines, but with what crosses them."""
-    mask = ink > 0.2
-    lines = mask & (find_lines(ink > 0.1) | find_lines(ink.T > 0.1).T)
-    if not lines.any():
-        return mask
-    rest = ndimage.binary_opening(mask & ~lines, np.ones((3, 3)))
-    bridged = ndimage.binary_closing(np.pad(rest, 8), np.ones((15, 15)))[8:-8, 8:-8]
-    rest |= lines & bridged
-    return rest if rest.any() else mask
-
-
-def measure(number):
-    """Return the longer side of each numbered part; first 0, for the paper's number 0."""
-    places = ndimage.find_objects(number)
-    return np.array([0] + [max(y.stop - y.start, x.stop - x.start) for y, x in places])
-
-
-def remove_frames(mask):
-    """Return the mask without what touches the border or goes round the digit."""
-    number = ndimage.label(mask, AROUND)[0]
-    extents = measure(number)
-    margin = 1 + max(mask.shape) // 100
-    edge = number.copy()
-    edge[margin:-margin, margin:-margin] = 0
-    free = np.setdiff1d(number, edge)
-    if extents[free].max(initial=0) > 0.08 * max(mask.shape):
-        digit = number == free[extents[free].argmax()]
-        near = ndimage.maximum_filter(digit, 1 + 2 * (extents[free].max() // 12))
-        number *= np.isin(number, np.append(free, number[near]))  # its own parts stay
-    frame = number == max(np.unique(number), key=extents.item)
-    inside = ndimage.binary_fill_holes(frame) & ~frame & (number > 0)
-    return inside if inside.sum() > 0.15 * frame.sum() else number > 0
+def look_inside(mask, frame):
+    """Return what the longest part of mask and frame goes round, if any."""
+    number, sizes = number_parts(mask | frame, gap=0)
+    sides = sizes.max(axis=1)
+    frame = number == sides.argmax()
+    holes = ndimage.binary_fill_holes(frame) & ~frame
+    inside = sides[number * holes]
+    return inside > 0 if inside.max() > 0.08 * max(sides) else mask
 
 
 def cut_out(ink):
-    """Return the ink of the digit, cut to its size; and whether there are several."""
-    mask = remove_frames(remove_lines(ink))
-    extent = measure(ndimage.label(mask, AROUND)[0]).max()
-    near = ndimage.maximum_filter(mask, 1 + 2 * int(0.04 * extent))  # over small gaps
-    number = ndimage.label(near, AROUND)[0] * mask
-    sizes = np.bincount(number[mask])
-    large = sizes > 0.06 * sizes.max()  # the others are specks
-    extents = measure(number) * large
-    several = (extents > 0.5 * extents.max()).sum() > 1
+    """Return the ink of the digit; and whether there are several."""
+    mask = ink > 0.5  # printed lines are paler
+    border = np.ones_like(mask)
+    border[1:-1, 1:-1] = False
+    mask = look_inside(mask, border)  # without what touches it
+    mask = look_inside(mask, False)  # without a frame
+    number, sizes = number_parts(mask, 1 + max(mask.shape) // 100)
+    counts = np.bincount(number[mask])
+    digit = counts.argmax()
+    large = counts > 0.06 * counts[digit]  # not a speck
+    heights = sizes[:, 0] * large
+    tall = heights > heights[digit] / 2  # not the bar of a 5
     mask = large[number]
-    rows, columns = ndimage.find_objects(mask.astype(int))[0]
-    mask = ndimage.maximum_filter(mask, 5)  # with the faint edge of the strokes
-    ink = np.pad(ink.clip(0, 1) * mask, 3)
-    ink = ink[rows.start : rows.stop + 6, columns.start : columns.stop + 6]
-    return ink, several or ink.shape[1] > 2 * ink.shape[0]
+    height, width = np.ptp(np.nonzero(mask), axis=1)
+    several = sum(tall) > 1 or width > 2 * height
+    several |= counts[digit] < sum(counts) / 2
+    mask = ndimage.maximum_filter(mask, 5)  # with the faint edge
+    return ink.clip(0, 1) * mask, several
 
 
 def centre_digit(ink):
-    """Return the ink fitted into 20x20, its centre of mass at pixel 14, 14 of 28x28."""
-    rows, columns = np.nonzero(ink > 0.2)
-    scale = (max(np.ptp(rows), np.ptp(columns)) + 1) / 20
-    margin = math.ceil(15 * scale)
-    ink = np.pad(ink, margin)
+    """Return the ink in 20x20 pixels, its mass centred in 28x28."""
+    scale = (np.ptp(np.nonzero(ink > 0.2), axis=1).max() + 1) / 20
+    ink = np.pad(ink, math.ceil(15 * scale))
     y, x = np.array(ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
-    window = x, y, x + 28 * scale, y + 28 * scale
-    image = Image.fromarray(ink).resize((28, 28), Image.Resampling.HAMMING, window)
-    digit = np.array(image).clip(0)
-    return (255 * digit / digit.max()).round().astype(np.uint8)
+    box = x, y, x + 28 * scale, y + 28 * scale
+    digit = Image.fromarray(ink).resize((28, 28), Image.BILINEAR, box)
+    return (255 * np.array(digit) / np.max(digit)).round().astype(np.uint8)
 
 
 def prepare_photo(grey):
-    """Return a picture as MNIST's makers would, uint8 (28, 28); and None, or why not."""
-    grey = Image.fromarray(np.asarray(grey, np.float32))
-    ink = find_ink(np.array(grey.reduce(math.ceil(max(grey.size) / 280))))
+    """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
+    picture = Image.fromarray(np.asarray(grey, np.float32))
+    picture = picture.reduce(math.ceil(max(picture.size) / 280))
+    ink = find_ink(np.array(picture))
     if ink is None:
-        message = "nothing stands out: use more contrast, or come closer"
-        return np.zeros((28, 28), np.uint8), message
+        nothing = np.zeros((28, 28), np.uint8)
+        return nothing, "nothing stands out: use more contrast"
     ink, several = cut_out(ink)
-    message = "several digits, or none: crop the picture to one digit"
-    return centre_digit(ink), message if several else None
+    problem = "several digits, or none: crop to one digit"
+    return centre_digit(ink), problem if several else None
 
 
 @torch.no_grad()
-def predict_files(settings):
+def predict_files(args):
     """Classify the image files of --predict; return the exit status."""
-    path = settings.checkpoint or settings.resume or settings.output_dir
-    model, path = load_predictor(path)
+    model, path = load_predictor(args.checkpoint or args.output_dir)
     print(f"Model: {path}")
-    status, images, rows, titles, colours = 0, [], [], [], []
-    for name in find_images(settings.predict):
+    status, shown = 0, []
+    for name in find_images(args.predict):
         try:
             image, problem = prepare_photo(read_photo(name))
         except UserError as error:
@@ -1210,18 +1090,17 @@ def predict_files(settings):
         row = model(normalise(torch.tensor(image[None]))).softmax(dim=1)[0]
         best, second = row.argsort(descending=True)[:2].tolist()
         answer = f"{best} ({row[best]:.1%}), then {second} ({row[second]:.1%})"
-        if row[best] < 0.5 and not problem:
-            problem = f"it does not look like a digit; most like {answer}"
-        if problem:
-            answer = f"no answer: {problem}"
+        if row[best] - row[second] < 0.2 and not problem:
+            problem = f"not clearly a digit; closest: {answer}"
+        answer = f"no answer: {problem}" if problem else answer
         print(f"{name}: {answer}")
-        images.append(image)
-        rows.append(row.numpy())
-        titles.append(f"{name[-60:]}\n{answer}")
-        colours.append(GREY if problem else BLUE)
-    if images:
-        figure = draw_digits(images[:100], rows, titles, colours, bars=True)
-        picture = make_run_folder(settings.output_dir, "predict") / "predictions.png"
+        title = f"{name[-60:]}\n{answer}".encode("latin-1", "replace")
+        colour = GREY if problem else BLUE
+        shown.append((image, row.numpy(), title.decode("latin-1"), colour))
+    if shown:
+        images, rows, titles, colours = zip(*shown[:100])
+        figure = draw_digits(images, rows, titles, colours, bars=True)
+        picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
         save_figure(figure, picture)
         print(f"What the network sees is in {picture}")
     return status
@@ -1229,8 +1108,6 @@ def predict_files(settings):
 
 # ===== The report page ================
 # data/report.html, filled in: a page that reloads while the run trains.
-
-TEMPLATE = Path(__file__).resolve().parent / "data" / "report.html"
 
 
 def encode(array):
@@ -1245,68 +1122,59 @@ def encode_digits(digits, chosen):
 
 def take_snapshot(run):
     """Return the network of a Recorder as it is now, for the page."""
-    weights = run.model.state_dict()
-    weights = {name: weights[name].cpu() for name in weights}
-    old = [one for one in run.snapshots if one["epoch"] < run.epochs_done]
-    run.snapshots = old[:]  # a resumed run has the one of this epoch
-    if run.epochs_done in {round(n * run.settings.epochs / 8) for n in range(9)}:
-        kept = {name: encode(weights[name].half()) for name in weights}
-        run.snapshots.append({"epoch": run.epochs_done, "weights": kept})
-    images, labels = load_mnist(run.settings.data_dir)[:2]
-    batch = normalise(images[:10]).to(run.device), labels[:10].to(run.device)
-    accurate = run.settings.recipe == "accurate"
-    logits = evaluate(ShiftAverage(run.model) if accurate else run.model, [batch])[2]
-    shifts = (-1, 0, 1) if accurate else (0,)
-    return {
+    weights, epoch = run.model.state_dict(), run.epochs_done
+    run.weights = {name: weights[name].cpu().contiguous() for name in weights}
+    every = math.ceil(run.args.epochs / 8)  # or the page grows too large
+    earlier = range(0, epoch, every)
+    snapshots = [one for one in run.kept["snapshots"] if one["epoch"] in earlier]
+    accurate = run.args.recipe == "accurate"
+    predictor = ShiftAverage(run.model) if accurate else run.model
+    images, labels = (part[:10] for part in load_mnist(run.args.data_dir)[:2])
+    batch = normalise(images).to(run.device), labels.to(run.device)
+    logits = evaluate(predictor, [batch])[2].tolist()
+    page = {
         "mean_std": [MEAN, STD],
-        "views": [(y, x) for y in shifts for x in shifts],
-        "weights": {name: encode(weights[name]) for name in weights},
-        "weights_epoch": run.epochs_done,
-        "check": {"images": encode(images[:10]), "logits": logits.tolist()},
-        "snapshots": old,
+        "weights": {name: encode(run.weights[name]) for name in weights},
+        "weights_epoch": epoch,
+        "snapshots": snapshots,
+        "check": {"images": encode(images), "logits": logits},
     }
-
-
-def thin(curve):
-    """Return at most 1,000 points [x, y] of a curve, with the last one."""
-    every = len(curve) // 1000 + 1
-    return [[n, curve[n - 1]] for n in range(len(curve), 0, -every)][::-1]
+    kept = {name: encode(run.weights[name].half()) for name in weights}
+    now = [{"epoch": epoch, "weights": kept}] if epoch % every == 0 else []
+    run.kept["snapshots"] = snapshots + now
+    return page
 
 
 def write_page(folder, values, state):
     values |= {"name": folder.name, "state": state, "written": time.time()}
     data = json.dumps(values).replace("<", "\\u003c")  # ends no tag
-    try:
-        page = TEMPLATE.read_text(encoding="utf-8").replace(">null<", f">{data}<", 1)
-        write(folder / "report.html", page.encode())
-    except OSError as error:
-        warn(f"no report: {error}")
+    template = Path(__file__).resolve().parent / "data" / "report.html"
+    page = template.read_text(encoding="utf-8").replace(">null<", f">{data}<", 1)
+    write(folder / "report.html", page.encode(), needed=False)
 
 
 # ===== The command line ===============
 
 FLAGS = {  # name: (default, choices or lowest and highest, help)
     "recipe": (RECIPE, ("classic", "accurate"), "the settings below, as a whole"),
-    "model": (MODEL, ("cnn", "fc"), "CNN or FullyConnectedModel"),
+    "model": (MODEL, ("cnn", "fc", "both"), "CNN or FullyConnectedModel"),
     "epochs": (EPOCHS, (1, 10_000), "passes over the training images"),
     "batch_size": (BATCH_SIZE, (1, 60_000), "images per step"),
     "lr": (LR, (1e-9, 1e9), "learning rate"),
     "optimizer": (OPTIMIZER, ("sgd", "adam"), "what updates the weights"),
-    "seed": (SEED, (0, 2**32 - 1), "for the initial weights and the shuffling"),
+    "seed": (SEED, (0, 2**32 - 1), "of initial weights and shuffling"),
     "seeds": (SEEDS, (1, 1000), "number of runs: with SEED, SEED + 1, ..."),
-    "limit": (LIMIT, (0, 60_000), "train on the first N images only; 0: all 60,000"),
+    "limit": (LIMIT, (0, 60_000), "train on the first N images only; 0: all"),
     "device": (DEVICE, None, "auto, cpu, mps, cuda, cuda:1, ..."),
     "data_dir": (DATA_DIR, None, "folder with MNIST/raw/*.gz"),
-    "output_dir": (OUTPUT_DIR, None, "folder in which each run makes a new one"),
+    "output_dir": (OUTPUT_DIR, None, "folder for the runs' folders"),
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
-RESUMABLE = {"epochs", "device", "data_dir", "output_dir", "comet"}  # may change
 
 
-def as_flags(settings):
-    """Return settings, a dict, as command-line arguments."""
-    flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in FLAGS]
-    return [*flags, "--compare"] if settings["compare"] else flags
+def as_flags(values):
+    """Return the settings, a dict, as command-line arguments."""
+    return [f"--{name.replace('_', '-')}={values[name]}" for name in FLAGS]
 
 
 def read_settings(argv=None):
@@ -1316,48 +1184,46 @@ def read_settings(argv=None):
         usage="python main.py [flags]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    ranges = {}
+    add = parser.add_argument
     for name, details in FLAGS.items():
         value, allowed, text = details
-        flag, text = f"--{name.replace('_', '-')}", text + " (default: %(default)s)"
         kind = type(allowed[0]) if allowed else str
-        if kind is not str:
-            ranges[name], allowed = allowed, None
-        parser.add_argument(flag, default=value, type=kind, choices=allowed, help=text)
-    add = parser.add_argument
-    add("--compare", action="store_true", help="train both models")
+        choices = allowed if kind is str else None
+        text += " (default: %(default)s)"
+        flag = "--" + name.replace("_", "-")
+        add(flag, default=value, type=kind, choices=choices, help=text)
+    add("--compare", action="store_const", dest="model", const="both")
     add("--resume", type=Path, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
-
-    # The constants, then what the recipe or the run to resume sets, then what is
-    # typed: all go through the parser, and the last one wins.
+    # First the constants, or the settings of the recipe or of the run to resume; then
+    # what is typed. The last one wins, and all are checked.
     typed = sys.argv[1:] if argv is None else list(argv)
-    constants = {name: flag[0] for name, flag in FLAGS.items()} | {"compare": False}
-    settings = parser.parse_args(as_flags(constants) + typed)
-    folder = settings.resume
+    base = {name: details[0] for name, details in FLAGS.items()}
+    args = parser.parse_args(as_flags(base) + typed)
+    folder = args.resume
     if folder and folder.is_file():
         folder = folder.parent  # runs/NAME/checkpoint.pt
-    if settings.checkpoint and not settings.predict:
+    fixed = set()
+    if folder and not args.predict:
+        base = read_config(folder)
+        fixed = FLAGS.keys() - {"epochs", "device", "data_dir", "output_dir", "comet"}
+    elif args.recipe == "accurate":
+        base |= ACCURATE
+    args = parser.parse_args(as_flags(base) + typed)
+    if fixed and args.recipe == "accurate":
+        fixed.add("epochs")  # its learning rate depends on them
+    args.resume = folder
+    if args.checkpoint and not args.predict:
         parser.error("--checkpoint goes with --predict")
-    if folder and not settings.predict:
-        saved = read_config(folder)
-        settings = parser.parse_args(as_flags(saved) + typed)
-        fixed = saved.keys() - RESUMABLE
-        if settings.recipe == "accurate":  # its schedule depends on the epochs
-            fixed.add("epochs")
-        for name, value in saved.items():
-            if name in fixed and getattr(settings, name) != value:
-                parser.error(f"the run to resume has {name} {value}")
-    elif settings.recipe == "accurate":
-        settings = parser.parse_args(as_flags(constants | ACCURATE) + typed)
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(settings, name) <= high:  # nan is not, either
-            parser.error(f"{name} must be from {low} to {high}")
-    settings.resume = folder
-    return settings
+    for name in FLAGS:
+        value, allowed = getattr(args, name), FLAGS[name][1]
+        if name in fixed and value != base[name]:
+            parser.error(f"the run to resume has {name} {base[name]}")
+        if type(value) is not str and not allowed[0] <= value <= allowed[1]:  # or nan
+            parser.error(f"{name} must be from {allowed[0]} to {allowed[1]}")
+    return args
 
 
 @contextmanager
@@ -1366,13 +1232,13 @@ def catch_signals():
     before = {}
 
     def stop(number, frame):
-        for other, handler in before.items():  # torchrun sends each signal twice
+        for other, handler in before.items():  # torchrun sends it twice
             signal.signal(other, signal.SIG_IGN if LAUNCHED else handler)
         raise KeyboardInterrupt(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
             with suppress(ValueError):  # not in the main thread
                 before[number] = signal.signal(number, stop)
     try:
@@ -1392,23 +1258,18 @@ def main(argv=None):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     folder, status, resumable = None, 1, True
     try:
-        settings = read_settings(argv)
-        if settings.predict:
-            return predict_files(settings) if RANK == 0 else 0
-        if platform.libc_ver()[0] == "glibc":  # let it keep the memory that steps free
+        args = read_settings(argv)
+        if args.predict:
+            return predict_files(args) if RANK == 0 else 0
+        if platform.libc_ver()[0] == "glibc":  # keep the memory that steps free
             for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, 2**25)  # bytes: 1.25 times as fast
-        with suppress(OSError, ValueError):  # a container's share of the processor
-            quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-            cores = max(1, int(quota) // int(period))  # more threads are slower
-            torch.set_num_threads(min(cores, torch.get_num_threads()))
-        with catch_signals(), join_processes(settings):
-            load_mnist(settings.data_dir)  # an error there leaves no folder
-            name = "compare" if settings.compare else settings.model
-            folder = settings.resume or make_run_folder(settings.output_dir, name)
-            train_all(settings, folder)
+        with catch_signals(), join_processes(args) if LAUNCHED else nullcontext():
+            load_mnist(args.data_dir)  # an error there leaves no folder
+            folder = args.resume or make_run_folder(args.output_dir, args.model)
+            train_all(args, folder)
         return 0
-    except SystemExit as end:  # argparse has printed its help, or what is wrong
+    except SystemExit as end:  # argparse has printed why
         return end.code
     except UserError as error:
         status, text, resumable = error.status, str(error), False

@@ -35,7 +35,9 @@ def read(model, pictures):
     answers = []
     chances = classify(model, [digit for digit, _ in prepared])
     for (_, problem), row in zip(prepared, chances):
-        answers.append(None if problem or row.max() < 0.5 else int(row.argmax()))
+        second, best = row.sort().values[-2:].tolist()
+        unclear = problem or best - second < 0.2
+        answers.append(None if unclear else int(row.argmax()))
     return answers
 
 

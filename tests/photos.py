@@ -123,7 +123,7 @@ def draw_stages(path):
     stages = {
         "1. Photo": photo,
         "2. Ink: paper, light and shadow removed": ink.clip(0, 1),
-        "3. Digit cut out, lines removed": main.cut_out(ink)[0],
+        "3. Digit alone, lines removed": main.cut_out(ink)[0],
         "4. 28x28 pixels, centred": main.prepare_photo(photo)[0],
     }
     figure = Figure(figsize=(12, 3.3), layout="constrained")
