@@ -5,6 +5,7 @@
 that a process has: its own signals, exit status, standard output and files.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -26,6 +27,19 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
+
+RUNS = {  # what several files look at: the fixture `trained`
+    "cnn": ("--limit=6000", "--epochs=3", "--lr=0.1", "--comet=off"),
+    "fc": ("--model=fc", "--limit=6000", "--epochs=3", "--comet=off"),
+    "accurate": (
+        *("--recipe=accurate", "--limit=6000", "--epochs=2", "--batch-size=32"),
+        "--comet=off",
+    ),
+    "study": (
+        *("--compare", "--seeds=2", "--seed=5", "--limit=640", "--epochs=1"),
+        *("--batch-size=32", "--lr=0.05", "--comet=offline"),
+    ),
+}
 
 
 def become(folder, out, environment):
@@ -193,14 +207,19 @@ def run_script(tmp_path, environment):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """trained(*flags): the folder of a run with these flags, on all digits, 1 epoch."""
-    runs = {}
+    """trained(name): the folder of a run of RUNS. All of pytest's processes share it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
 
-    def train(*flags):
-        if flags not in runs:
-            folder = tmp_path_factory.mktemp("trained")
-            run = complete(folder, *flags, "--epochs", "1", "--comet", "off")
-            runs[flags] = run.run_dir
-        return runs[flags]
+    def train(name):
+        folder = root / f"trained-{name}"
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "done").exists():
+                complete(folder, *RUNS[name])
+                (folder / "done").touch()
+        (run_dir,) = (folder / "runs").iterdir()
+        return run_dir
 
     return train

@@ -1,8 +1,14 @@
-"""The same script under torchrun: real processes on this machine, five launches in all."""
+"""The same script under torchrun: real processes on this machine, and two launches.
+
+Where torchrun itself does not matter, forked processes have the variables that it sets.
+"""
 
 import json
 import os
+import runpy
 import signal
+import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +20,7 @@ from torch.distributed import run as launcher
 
 import main
 
-QUICK = "--limit", "2048", "--epochs", "1", "--comet", "off"
-LONG = "--model", "fc", "--limit", "2000", "--batch-size", "10", "--epochs", "3"
+LONG = "--limit", "1000", "--batch-size", "10", "--epochs", "3", "--comet", "offline"
 
 
 def be_torchrun(arguments, folder, out, environment):
@@ -82,36 +87,62 @@ def assert_same(one, other):
     assert rows[0].sum() == 10_000 and torch.equal(*rows)  # every test image, once
 
 
-def test_two_processes_train_the_weights_of_one(launch, tmp_path):
+def be_script(arguments, folder, out, environment):
+    """Be `main.py ARGUMENTS`, not imported but run, since it reads torchrun's variables."""
+    conftest.become(folder, out, environment)
+    sys.argv = [main.__file__, *arguments]
+    runpy.run_path(main.__file__, run_name="__main__")
+
+
+@pytest.fixture
+def fork(tmp_path, environment):
+    """fork(count, *flags): as many processes, with what torchrun would tell them."""
+    runs = []
+
+    def start(count, *flags):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            team = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "1"}
+            team |= {"MASTER_PORT": str(server.getsockname()[1])}
+        for rank in map(str, range(count)):
+            more = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            more |= environment | team | {"RANK": rank, "LOCAL_RANK": rank}
+            runs.append(conftest.Run([*flags], tmp_path / "team", more, be_script))
+        return runs
+
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.process.join()
+
+
+def test_four_processes_train_the_weights_of_one(fork, tmp_path):
+    """With augmentation, and a last batch of 4 images; a study of two seeds."""
+    flags = "--recipe=accurate", "--model=fc", "--seeds=2", "--limit=388", "--epochs=1"
+    team = fork(4, *flags, "--comet=off")
+    alone = conftest.complete(tmp_path / "alone", *flags, "--comet=off")
+    assert [run.wait() for run in team] == [0] * 4, [run.stderr for run in team]
+    assert team[0].stdout.count("TRAINING COMPLETE") == 2
+    assert [run.stdout + run.stderr for run in team[1:]] == [""] * 3
+    for name in "fc-seed-0", "fc-seed-1":
+        assert_same(alone.run_dir / name, team[0].run_dir / name)
+    assert len(team[0].json("metrics.json")["runs"]) == 2
+
+
+def test_a_batch_that_cannot_be_shared_is_told(fork, tmp_path):
+    """Each process finds out on its own, before it looks for the others."""
+    for run in fork(2, "--batch-size=63", "--comet=off"):
+        assert run.wait() == 2
+        (line,) = messages(run)
+        assert "--batch-size" in line and "divisible" in line and "2" in line
+    assert not (tmp_path / "team" / "runs").exists()
+
+
+def test_a_killed_process_ends_the_other_and_two_go_on_to_the_weights_of_one(
+    launch, tmp_path
+):
     """And only the first one shows, tracks and writes."""
-    flags = *QUICK[:4], "--comet", "offline"
-    team = launch(2, *flags)
-    alone = conftest.complete(tmp_path / "alone", *flags)
-    assert team.wait() == 0, team.stderr
-    assert_same(alone.run_dir, team.run_dir)
-    for text in "TRAINING CNN MODEL", "Epoch 1/1", "Test Accuracy", "TRAINING COMPLETE":
-        assert team.stdout.count(text) == 1
-    assert "32/32 [" in team.stderr and messages(team) == []
-    assert "Traceback" not in team.stderr
-    names = [sorted(p.suffix for p in run.run_dir.iterdir()) for run in (alone, team)]
-    assert names[0] == names[1] and names[0].count(".zip") == 1
-
-
-def test_four_processes_train_the_weights_of_one(launch, tmp_path):
-    """With augmentation, and a last batch of 4 images; a study of both models."""
-    flags = "--recipe", "accurate", "--compare", "--limit", "388", "--epochs", "1"
-    team = launch(4, *flags, "--comet", "off")
-    alone = conftest.complete(tmp_path / "alone", *flags, "--comet", "off")
-    assert team.wait() == 0, team.stderr
-    assert team.stdout.count("TRAINING COMPLETE") == 2
-    for model in "cnn-seed-0", "fc-seed-0":
-        assert_same(alone.run_dir / model, team.run_dir / model)
-    assert len(team.json("metrics.json")["runs"]) == 2
-
-
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(launch, tmp_path):
-    team = launch(2, *LONG, "--comet", "off")
-    alone = conftest.complete(tmp_path / "alone", *LONG, "--comet", "off")
+    team = launch(2, *LONG)
+    alone = conftest.complete(tmp_path / "alone", *LONG)
     team.wait_for(lambda: "Epoch 1/3" in team.stdout)
     begin = time.monotonic()
     os.kill(team.find(1), signal.SIGKILL)
@@ -123,15 +154,15 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(launch, tmp_path):
     assert epochs in (1, 2)
     (line,) = (line for line in messages(team) if "--resume" in line)
     assert line.endswith(f"--resume {team.run_dir.relative_to(team.folder)}")
+    before = set(team.run_dir.glob("*.zip"))
     again = launch(2, "--resume", team.run_dir)
     assert again.wait() == 0, again.stderr
-    assert f"Epoch {epochs}/3" not in again.stdout and "Epoch 3/3" in again.stdout
+    assert f"Epoch {epochs}/3" not in again.stdout
     assert_same(alone.run_dir, again.run_dir)
-
-
-def test_a_batch_that_cannot_be_shared_is_told_once(launch):
-    team = launch(2, "--batch-size", 63, *QUICK)
-    assert team.wait() != 0
-    (line,) = set(messages(team))
-    assert "--batch-size" in line and "divisible" in line and "2" in line
-    assert not (team.folder / "runs").exists()
+    for text in "TRAINING CNN MODEL", "Epoch 3/3", "Test Accuracy", "TRAINING COMPLETE":
+        assert again.stdout.count(text) == 1
+    assert "100/100 [" in again.stderr and messages(again) == []
+    assert "Traceback" not in again.stderr
+    files = [set(run.run_dir.iterdir()) for run in (alone, again)]
+    names = [sorted(path.suffix for path in found - before) for found in files]
+    assert names[0] == names[1] and names[0].count(".zip") == 1
