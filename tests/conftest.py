@@ -9,6 +9,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def _child(arguments, folder, out, environment):
     import main
 
     sys.exit(main.main(arguments))
+
+
+def be_script(arguments, folder, out, environment):
+    """Be `python ARGUMENTS`, a script that is not imported but run."""
+    become(folder, out, environment)
+    sys.argv = arguments
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Run:

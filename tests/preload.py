@@ -5,6 +5,7 @@ PyTorch and Matplotlib prepare at their first use.
 """
 
 import contextlib
+import gc
 import io
 import os
 import tempfile
@@ -17,11 +18,11 @@ os.environ.update(main.COMET_DEFAULTS)
 
 import comet_ml  # noqa: F401
 
-quiet = io.StringIO()
-with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet):
-    with contextlib.redirect_stderr(quiet):
-        flags = "--limit=64", "--epochs=1", "--comet=off", f"--output-dir={folder}"
-        main.main(flags)
-import gc
-
-gc.freeze()
+flags = "--limit=64", "--epochs=1", "--comet=off", "--output-dir"
+with (
+    tempfile.TemporaryDirectory() as folder,
+    contextlib.redirect_stdout(io.StringIO()),
+    contextlib.redirect_stderr(io.StringIO()),
+):
+    main.main([*flags, folder])
+gc.freeze()  # no fork need look at what is here

@@ -1,12 +1,11 @@
 """It works where people run it: folders, notebooks, streams, GPUs, other people's files.
 
 Situations from public bug reports. More of them: other data under MNIST's names
-(test_data.py), SIGHUP, nohup and drives without fsync (test_reliability.py), Comet's own
-variables (test_comet.py).
+(test_data.py), SIGHUP, nohup and drives without fsync (test_reliability.py), no Comet
+(test_comet.py).
 """
 
 import contextlib
-import importlib.metadata
 import io
 import json
 import os
@@ -28,7 +27,7 @@ from PIL import Image, ImageDraw, features
 
 import main
 
-QUICK = "--limit", "512", "--epochs", "1", "--comet", "off"
+QUICK = "--model", "fc", "--limit", "512", "--epochs", "1", "--comet", "off"
 OFFLINE = *QUICK[:-1], "offline"
 FILES = {"checkpoint.pt", "config.json", "metrics.json", "model.pt", "report.html"}
 FILES |= {"loss_curve.png", "predictions_grid.png", "worst_mistakes.png"}
@@ -202,29 +201,6 @@ def test_piped_into_head_it_ends_quietly_or_trains_on(start, situation):
     assert "Traceback" not in run.stderr
 
 
-# ----- Comet is not installed
-
-
-def have_no_comet(*arguments):
-    def version(name, real=importlib.metadata.version):
-        if "comet" in name:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    importlib.metadata.version = version
-    sys.modules["comet_ml"] = None  # so that importing it fails
-
-
-@pytest.mark.parametrize("mode", ["off", "auto"])
-def test_without_comet_it_trains(start, mode):
-    run = start(have_no_comet, *QUICK[:-1], mode)
-    assert_trained(run)
-    lines = [line for line in run.stdout.splitlines() if "pip install comet" in line]
-    assert len(lines) == (mode == "auto")
-    if mode == "auto":
-        assert_one_line(start(have_no_comet, *OFFLINE), 2, "pip install comet-ml")
-
-
 # ----- Devices
 
 
@@ -254,7 +230,7 @@ def test_a_device_that_is_not_there(spawn, name):
 def fill_memory(*arguments):
     """In the second epoch there is no memory left, as on a small GPU."""
 
-    class Large(main.CNN):
+    class Large(main.FullyConnectedModel):
         steps = 0
 
         def forward(self, x):
@@ -263,7 +239,7 @@ def fill_memory(*arguments):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return super().forward(x)
 
-    main.MODELS["cnn"] = Large
+    main.MODELS["fc"] = Large
 
 
 def test_out_of_memory_in_mid_run(start, spawn):
@@ -379,7 +355,7 @@ def answers(text):
 
 @pytest.mark.usefixtures("pictures")
 def test_folders_and_patterns_of_pictures(spawn, trained):
-    model = "--checkpoint", trained() / "model.pt"
+    model = "--checkpoint", trained("cnn") / "model.pt"
     run = spawn("--predict", "more", *model)
     assert run.wait() == 0, run.stderr
     assert len(answers(run.stdout)) == 4 + features.check("avif")
@@ -393,7 +369,7 @@ def test_folders_and_patterns_of_pictures(spawn, trained):
 @pytest.mark.usefixtures("pictures")
 def test_names_that_the_console_cannot_show(run_script, trained):
     """A real process: LC_ALL=C decides how Python decodes the names themselves."""
-    model = "--checkpoint", trained() / "model.pt"
+    model = "--checkpoint", trained("cnn") / "model.pt"
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     names = "more/数字7.png", os.fsdecode(b"more/bad\xff.png"), "more/missing数.png"
     run = run_script("--predict", *names, *model, **plain)
@@ -411,7 +387,7 @@ def have_no_heif(*arguments):
 def test_pictures_of_phones_and_pdf(start, trained, tmp_path):
     """Without pillow-heif, the line on a HEIC says what to do."""
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" * 9)
-    model = "--checkpoint", trained() / "model.pt"
+    model = "--checkpoint", trained("cnn") / "model.pt"
     run = start(have_no_heif, "--predict", "a.heic", *model)
     assert_one_line(run, 2, "a.heic", "JPEG", "pip install pillow-heif")
 
@@ -420,12 +396,12 @@ def test_pictures_of_phones_and_pdf(start, trained, tmp_path):
 
 
 def test_resume_takes_the_checkpoint_for_its_folder(spawn, trained, tmp_path):
-    folder = shutil.copytree(trained("--limit", "512"), tmp_path / "run")
-    more = "--epochs", "2", "--device", "cpu:0"  # PyTorch takes it, as it does cuda:1
+    folder = shutil.copytree(trained("fc"), tmp_path / "run")
+    more = "--epochs", "4", "--device", "cpu:0"  # PyTorch takes it, as it does cuda:1
     run = spawn("--resume", folder / "checkpoint.pt", *more)
     assert run.wait() == 0, run.stderr
     assert "Device: cpu:0" in run.stdout
-    assert "Epoch 2/2" in run.stdout
+    assert "Epoch 4/4" in run.stdout
 
 
 def test_models_of_other_scripts(spawn, trained, tmp_path):
@@ -437,12 +413,12 @@ def test_models_of_other_scripts(spawn, trained, tmp_path):
         "fc2.weight": other.state_dict(),  # as ours, but with 11 classes
         "list": [1, 2, 3],
     }
-    folder = shutil.copytree(trained("--limit", "512"), tmp_path / "run")
+    folder = shutil.copytree(trained("cnn"), tmp_path / "run")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     for word, state in foreign.items():
         torch.save(state, tmp_path / "other.pt")
         run = spawn("--predict", "7.png", "--checkpoint", "other.pt")
         assert_one_line(run, 2, "other.pt", word)
     torch.save(checkpoint | {"model": other.state_dict()}, folder / "checkpoint.pt")
-    run = spawn("--resume", folder, "--epochs", "2")
+    run = spawn("--resume", folder, "--epochs", "4")
     assert_one_line(run, 2, "checkpoint.pt", "fc2.weight")

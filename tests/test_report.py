@@ -437,7 +437,9 @@ def test_a_study_has_a_page(open_page, page_of):
 def test_an_axis_has_numbers_and_the_page_is_small(open_page, page_of, tmp_path):
     page = open_page(training(page_of("fc"), 1, 0))
     for curve in ([[1, 2.3], [2, 2.1]], [[1, 2.3]], [[1, 9e-5], [99999, 40]]):
-        main.write_page(tmp_path, training(page_of("fc"), 1, 0, curve=curve), "training")
+        main.write_page(
+            tmp_path, training(page_of("fc"), 1, 0, curve=curve), "training"
+        )
         page.reload()
         numbers = page.locator("#charts svg").first.locator("[text-anchor=end]")
         assert numbers.count() >= 2

@@ -5,10 +5,8 @@ Where torchrun itself does not matter, forked processes have the variables that 
 
 import json
 import os
-import runpy
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -87,16 +85,9 @@ def assert_same(one, other):
     assert rows[0].sum() == 10_000 and torch.equal(*rows)  # every test image, once
 
 
-def be_script(arguments, folder, out, environment):
-    """Be `main.py ARGUMENTS`, not imported but run, since it reads torchrun's variables."""
-    conftest.become(folder, out, environment)
-    sys.argv = [main.__file__, *arguments]
-    runpy.run_path(main.__file__, run_name="__main__")
-
-
 @pytest.fixture
 def fork(tmp_path, environment):
-    """fork(count, *flags): as many processes, with what torchrun would tell them."""
+    """fork(count, *flags): processes with the variables that torchrun sets."""
     runs = []
 
     def start(count, *flags):
@@ -106,7 +97,11 @@ def fork(tmp_path, environment):
         for rank in map(str, range(count)):
             more = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             more |= environment | team | {"RANK": rank, "LOCAL_RANK": rank}
-            runs.append(conftest.Run([*flags], tmp_path / "team", more, be_script))
+            runs.append(
+                conftest.Run(
+                    [main.__file__, *flags], tmp_path / "team", more, conftest.be_script
+                )
+            )
         return runs
 
     yield start
