@@ -16,14 +16,13 @@ from PIL import Image, ImageOps, features
 
 import main
 
-FLAGS = "--recipe", "accurate"
 ANSWER = re.compile(r"(.*): (\d) \((\d+\.\d)%\), then (\d) \((\d+\.\d)%\)")
 
 
 @pytest.fixture(scope="module")
 def model_file(trained):
-    """The weights of a network of the accurate recipe, after one epoch."""
-    return trained(*FLAGS) / "model.pt"
+    """The weights of a network of the accurate recipe, after a short training."""
+    return trained("accurate") / "model.pt"
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def classify(model_file, digits):
 
 def test_mnist_digits_enlarged_and_saved_are_classified_as_well(model_file):
     images, labels = main.load_mnist(main.DATA_DIR)[2:]
-    images, labels = images[:500], labels[:500].tolist()
+    images, labels = images[:240], labels[:240].tolist()
     prepared = []
     for number, image in enumerate(images.numpy()):
         ways = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
@@ -77,7 +76,7 @@ def test_mnist_digits_enlarged_and_saved_are_classified_as_well(model_file):
     right = sum(a == b for a, b in zip(original, labels))
     again = sum(a == b for a, b in zip(found, labels))
     again -= sum(problem is not None for _, problem in prepared)
-    assert right > 450 and again >= right - 5, (right, again)
+    assert right > 220 and again >= right - 3, (right, again)
 
 
 @pytest.mark.parametrize("kind", photos.KINDS)

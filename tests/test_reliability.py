@@ -23,7 +23,7 @@ import main
 FLAGS = "--limit", "640", "--batch-size", "4", "--epochs", "3"
 KINDS = {  # signal: what it stops, and how that is tracked
     signal.SIGINT: ("--model", "cnn", "--optimizer", "sgd", "--comet", "offline"),
-    signal.SIGTERM: ("--recipe", "accurate", "--model", "cnn", "--optimizer", "adam"),
+    signal.SIGTERM: ("--recipe", "accurate", "--model", "fc", "--optimizer", "adam"),
     signal.SIGHUP: ("--recipe", "accurate", "--model", "fc", "--comet", "offline"),
     signal.SIGKILL: ("--model", "fc", "--optimizer", "adam", "--comet", "off"),
 }

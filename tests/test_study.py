@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import complete
+from conftest import RUNS, complete
 from offline import Archive
 
-QUICK = "--limit", 640, "--batch-size", 32, "--epochs", 1, "--lr", 0.05  # 20 steps
-SEEDS = *QUICK, "--seed", 5, "--seeds", 2
+SEEDS = "--model=fc", *(flag for flag in RUNS["study"] if flag != "--compare")
 NAMES = ["cnn-seed-5", "cnn-seed-6", "fc-seed-5", "fc-seed-6"]
 MEASURED = "seconds", "train_accuracy", "test_accuracy", "test_loss"
 
@@ -32,10 +32,11 @@ def get_folders(run_dir):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """`--compare --seeds 2`, from seed 5 on, tracked offline."""
-    folder = tmp_path_factory.mktemp("study")
-    return complete(folder, *SEEDS, "--compare", "--comet", "offline")
+def study(trained):
+    """`--compare --seeds 2`, from seed 5 on, tracked offline; each run has 20 steps."""
+    run_dir = trained("study")
+    (console,) = run_dir.parents[1].glob("console-*/out")
+    return SimpleNamespace(run_dir=run_dir, stdout=console.read_text("utf-8"))
 
 
 def test_each_run_of_a_study_has_a_folder_of_its_own(study):
@@ -65,7 +66,7 @@ def get_table(run):
 
 
 def test_the_table_has_each_run_as_the_run_has_it(study):
-    rows, metrics = get_table(study), study.json("metrics.json")["runs"]
+    rows, metrics = get_table(study), read(study.run_dir / "metrics.json")["runs"]
     fc, cnn = ["fc", "101,770"], ["cnn", "124,670"]
     assert [[row[0], row[2]] for row in rows] == [fc, cnn, fc, cnn]
     for shown, row in zip(rows, metrics, strict=True):
@@ -89,7 +90,7 @@ def get_means(run):
 
 def check_means(run):
     """Check the means and standard deviations that a study prints; return them."""
-    rows = run.json("metrics.json")["runs"]
+    rows = read(run.run_dir / "metrics.json")["runs"]
     expected = {}
     for model in {row["model"] for row in rows}:
         for name in MEASURED:
@@ -112,7 +113,7 @@ def test_means_deviations_and_an_experiment_for_each_run(study):
 
 
 def test_compare_without_seeds_prints_no_mean(tmp_path):
-    run = complete(tmp_path, *QUICK[:2], "--epochs", 1, "--comet", "off", "--compare")
+    run = complete(tmp_path, "--limit=640", "--epochs=1", "--comet=off", "--compare")
     assert [row[:2] for row in get_table(run)] == [["fc", "0"], ["cnn", "0"]]
     assert get_means(run) == {} and "nan" not in run.stdout
     assert "NaN" not in (run.run_dir / "metrics.json").read_text()
@@ -132,11 +133,11 @@ def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, study, spawn):
 
     resumed = complete(tmp_path, "--resume", command)
     assert resumed.stdout.count("Epoch 1/1") == 1  # the first one was trained
-    assert get_folders(resumed.run_dir) == NAMES[:2]
-    for name in NAMES[:2]:
+    assert get_folders(resumed.run_dir) == NAMES[2:]
+    for name in NAMES[2:]:
         assert same(resumed.run_dir / name, study.run_dir / name)
-    assert [row[:2] for row in get_table(resumed)] == [["cnn", "5"], ["cnn", "6"]]
-    assert {model for model, _ in check_means(resumed)} == {"cnn"}
+    assert [row[:2] for row in get_table(resumed)] == [["fc", "5"], ["fc", "6"]]
+    assert {model for model, _ in check_means(resumed)} == {"fc"}
 
 
 def test_a_study_that_cannot_begin_or_that_diverges_ends(spawn):
