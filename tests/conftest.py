@@ -30,16 +30,11 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
 
 RUNS = {  # what several files look at: the fixture `trained`
-    "cnn": ("--limit=6000", "--epochs=3", "--lr=0.1", "--comet=off"),
-    "fc": ("--model=fc", "--limit=6000", "--epochs=3", "--comet=off"),
-    "accurate": (
-        *("--recipe=accurate", "--limit=6000", "--epochs=2", "--batch-size=32"),
-        "--comet=off",
-    ),
-    "study": (
-        *("--compare", "--seeds=2", "--seed=5", "--limit=640", "--epochs=1"),
-        *("--batch-size=32", "--lr=0.05", "--comet=offline"),
-    ),
+    "cnn": "--limit=6000 --epochs=3 --lr=0.1 --comet=off",
+    "fc": "--model=fc --limit=6000 --epochs=3 --comet=off",
+    "accurate": "--recipe=accurate --limit=6000 --epochs=2 --batch-size=32 --comet=off",
+    "study": "--compare --seeds=2 --seed=5 --limit=640 --epochs=1 --batch-size=32 "
+    "--lr=0.05 --comet=offline",
 }
 
 
@@ -182,11 +177,11 @@ def environment(tmp_path):
 
 @pytest.fixture
 def spawn(tmp_path, environment):
-    """spawn(*arguments, **environment) starts main.py, quickly; see Run."""
+    """spawn(*arguments, **environment) starts main.py, or `target`, quickly; see Run."""
     runs = []
 
-    def start(*arguments, folder=tmp_path, **more):
-        runs.append(Run(list(map(str, arguments)), folder, environment | more))
+    def start(*arguments, folder=tmp_path, target=_child, **more):
+        runs.append(Run(list(map(str, arguments)), folder, environment | more, target))
         return runs[-1]
 
     yield start
@@ -225,7 +220,7 @@ def trained(tmp_path_factory):
         with open(f"{folder}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
-                complete(folder, *RUNS[name])
+                complete(folder, *RUNS[name].split())
                 (folder / "done").touch()
         (run_dir,) = (folder / "runs").iterdir()
         return run_dir

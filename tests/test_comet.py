@@ -5,7 +5,6 @@ started at once, since much of their time is waiting.
 """
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import re
@@ -343,12 +342,6 @@ class NotInstalled:
 
 
 def be_main_without_comet(*arguments):
-    def version(name, real=importlib.metadata.version):
-        if "comet" in name:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    importlib.metadata.version = version
     del sys.modules["comet_ml"]
     sys.meta_path.insert(0, NotInstalled)
     conftest._child(*arguments)

@@ -42,19 +42,11 @@ def be_in(arguments, folder, out, environment):
 
 
 @pytest.fixture
-def start(tmp_path, environment):
+def start(spawn):
     """start(situation, *arguments): main.py in a situation, as a process of its own."""
-    runs = []
-
-    def go(situation, *arguments, folder=tmp_path, **more):
-        words = [situation.__name__, *map(str, arguments)]
-        runs.append(conftest.Run(words, folder, environment | more, be_in))
-        return runs[-1]
-
-    yield go
-    for run in runs:
-        run.process.kill()
-        run.process.join()
+    return lambda situation, *arguments, **more: spawn(
+        situation.__name__, *arguments, target=be_in, **more
+    )
 
 
 def messages(run):

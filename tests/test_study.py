@@ -12,7 +12,7 @@ import torch
 from conftest import RUNS, complete
 from offline import Archive
 
-SEEDS = "--model=fc", *(flag for flag in RUNS["study"] if flag != "--compare")
+SEEDS = "--model=fc", *(flag for flag in RUNS["study"].split() if flag != "--compare")
 NAMES = ["cnn-seed-5", "cnn-seed-6", "fc-seed-5", "fc-seed-6"]
 MEASURED = "seconds", "train_accuracy", "test_accuracy", "test_loss"
 

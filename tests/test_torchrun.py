@@ -85,35 +85,21 @@ def assert_same(one, other):
     assert rows[0].sum() == 10_000 and torch.equal(*rows)  # every test image, once
 
 
-@pytest.fixture
-def fork(tmp_path, environment):
-    """fork(count, *flags): processes with the variables that torchrun sets."""
-    runs = []
-
-    def start(count, *flags):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            team = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "1"}
-            team |= {"MASTER_PORT": str(server.getsockname()[1])}
-        for rank in map(str, range(count)):
-            more = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            more |= environment | team | {"RANK": rank, "LOCAL_RANK": rank}
-            runs.append(
-                conftest.Run(
-                    [main.__file__, *flags], tmp_path / "team", more, conftest.be_script
-                )
-            )
-        return runs
-
-    yield start
-    for run in runs:
-        run.process.kill()
-        run.process.join()
+def fork(spawn, count, *flags):
+    """Start main.py in processes with the variables that torchrun sets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        team = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}
+    team |= {"TORCHELASTIC_RUN_ID": 1, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [team | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    more = [{name: str(value) for name, value in own.items()} for own in ranks]
+    how = {"target": conftest.be_script}
+    return [spawn(main.__file__, *flags, **how, **own) for own in more]
 
 
-def test_four_processes_train_the_weights_of_one(fork, tmp_path):
+def test_four_processes_train_the_weights_of_one(spawn, tmp_path):
     """With augmentation, and a last batch of 4 images; a study of two seeds."""
     flags = "--recipe=accurate", "--model=fc", "--seeds=2", "--limit=388", "--epochs=1"
-    team = fork(4, *flags, "--comet=off")
+    team = fork(spawn, 4, *flags, "--comet=off")
     alone = conftest.complete(tmp_path / "alone", *flags, "--comet=off")
     assert [run.wait() for run in team] == [0] * 4, [run.stderr for run in team]
     assert team[0].stdout.count("TRAINING COMPLETE") == 2
@@ -123,13 +109,13 @@ def test_four_processes_train_the_weights_of_one(fork, tmp_path):
     assert len(team[0].json("metrics.json")["runs"]) == 2
 
 
-def test_a_batch_that_cannot_be_shared_is_told(fork, tmp_path):
+def test_a_batch_that_cannot_be_shared_is_told(spawn, tmp_path):
     """Each process finds out on its own, before it looks for the others."""
-    for run in fork(2, "--batch-size=63", "--comet=off"):
+    for run in fork(spawn, 2, "--batch-size=63", "--comet=off"):
         assert run.wait() == 2
         (line,) = messages(run)
         assert "--batch-size" in line and "divisible" in line and "2" in line
-    assert not (tmp_path / "team" / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_killed_process_ends_the_other_and_two_go_on_to_the_weights_of_one(
