@@ -2,7 +2,7 @@
 
 python main.py                          train the CNN for 7 epochs
 python main.py --limit 2000 --epochs 1  a quick look
-python main.py --compare                train the fully connected baseline beside it
+python main.py --compare                train the fully connected baseline, too
 python main.py --recipe accurate        the best that this network can do
 python main.py --seeds 5                train five times: how much is chance?
 python main.py --resume runs/NAME       continue a run that was stopped
@@ -195,8 +195,7 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
     """
     was_training = model.training
     model.eval()
-    loss_sum = correct = 0
-    all_logits = []
+    loss_sum, correct, all_logits = 0, 0, []
     for images, labels in batches:
         logits = model(images)
         loss_sum += loss_function(logits, labels) * len(labels)
@@ -571,6 +570,8 @@ class Recorder:
     def __exit__(self, kind, error, traceback):
         """Complete everything, also of a run that did not finish."""
         state = {None: "finished", KeyboardInterrupt: "stopped"}.get(kind, "failed")
+        if state == "stopped":
+            warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
         self.bar.close()
         try:
             self.plotter.draw(self.smoothed.get())
@@ -594,11 +595,12 @@ def draw_digits(images, probabilities, titles, colours, bars):
     columns = min(2 if bars else 4, len(images))
     rows = math.ceil(len(images) / columns)
     width, parts = (6, 3) if bars else (2.1, 1)
-    figure = Figure(figsize=(width * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, 2.5 * rows))
+    figure.subplots_adjust(0.02, 0.2 / rows, 0.98, 1 - 0.2 / rows, 0.5 * bars, 0.5)
     for n, image in enumerate(images):
         axes = figure.add_subplot(rows, parts * columns, parts * n + 1)
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], anchor="N")
         colour = colours[n]
         axes.spines[:].set(color=colour, linewidth=4 if colour == VERMILION else 1)
         axes.set_title(titles[n], color=colour, size=9, loc="left", parse_math=False)
@@ -629,8 +631,8 @@ def draw_confusion(matrix):
     """Return a Figure of the matrix (10, 10): true label by prediction."""
     right = matrix.diagonal()
     mistakes = matrix - np.diag(right)
-    figure = Figure(figsize=(6.7, 6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(6.7, 6))
+    axes = figure.add_axes((0.17, 0.09, 0.81, 0.9))
     axes.imshow(mistakes, cmap="Oranges", vmax=max(1, 2 * mistakes.max()))
     for (row, column), count in np.ndenumerate(matrix):
         colour = BLUE if row == column else "black"
@@ -643,9 +645,9 @@ def draw_confusion(matrix):
 
 # ===== Comet ==========================
 
-COMET_DEFAULTS = {  # of Comet's own variables; what the user has set wins
+COMET_DEFAULTS = {  # of Comet's variables; what the user has set wins
     "COMET_LOGGING_CONSOLE": "CRITICAL",
-    "COMET_FALLBACK_STREAMER_KEEP_OFFLINE_ZIP": "1",  # online, an archive, too
+    "COMET_FALLBACK_STREAMER_KEEP_OFFLINE_ZIP": "1",  # an archive, too
     "COMET_TIMEOUT_HTTP": "5",  # seconds, if the server does not answer
     "COMET_TIMEOUT_API": "5",
     "COMET_TIMEOUT_FILE_UPLOAD": "5",
@@ -822,8 +824,7 @@ def load_predictor(path):
             raise UserError(f"no model.pt in {path}: python main.py makes one")
         path = found[-1]
     with explaining(f"{path} is damaged, or not a model of this script"):
-        # weights_only: code in a file from elsewhere does not run.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, "cpu", weights_only=True)  # runs no code in it
         state = state.get("model", state)
         model = MODELS["cnn" if "conv1.weight" in state else "fc"]().eval()
         model.load_state_dict(state)
@@ -920,7 +921,7 @@ def train_all(args, folder):
     if RANK == 0:
         print_table(rows)
         save_json({"runs": rows}, folder / "metrics.json")
-        print(f"The results of all {len(rows)} runs are in {folder}")
+        print(f"Results of all {len(rows)} runs: {folder}")
 
 
 def describe_results(run):
@@ -976,8 +977,9 @@ def read_photo(path):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-        # Transparency becomes grey, from which black and white stand out.
-        paper = Image.new("RGBA", image.size, "grey")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray(np.uint8(np.array(image) >> 8))
+        paper = Image.new("RGBA", image.size, "grey")  # behind transparency
         image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
         image.thumbnail((1000, 1000))
         return np.array(image, np.float32)
@@ -989,7 +991,7 @@ def read_photo(path):
 
 
 def find_ink(grey):
-    """Return the ink: 0 on paper, 1 in a full stroke; None if there is none."""
+    """Return the ink: 0 on paper, 1 in a full stroke; or None."""
     factor = math.ceil(max(grey.shape) / 48)
     small = np.array(Image.fromarray(grey).reduce(factor))
     size = max(small.shape)
@@ -1045,8 +1047,7 @@ def cut_out(ink):
     tall = heights > heights[digit] / 2  # not the bar of a 5
     mask = large[number]
     height, width = np.ptp(np.nonzero(mask), axis=1)
-    several = sum(tall) > 1 or width > 2 * height
-    several |= counts[digit] < sum(counts) / 2
+    several = sum(tall) > 1 or width > 2 * height or counts[digit] < sum(counts) / 2
     mask = ndimage.maximum_filter(mask, 5)  # with the faint edge
     return ink.clip(0, 1) * mask, several
 
@@ -1067,8 +1068,7 @@ def prepare_photo(grey):
     picture = picture.reduce(math.ceil(max(picture.size) / 280))
     ink = find_ink(np.array(picture))
     if ink is None:
-        nothing = np.zeros((28, 28), np.uint8)
-        return nothing, "nothing stands out: use more contrast"
+        return np.zeros((28, 28), np.uint8), "nothing stands out: use more contrast"
     ink, several = cut_out(ink)
     problem = "several digits, or none: crop to one digit"
     return centre_digit(ink), problem if several else None
@@ -1076,7 +1076,7 @@ def prepare_photo(grey):
 
 @torch.no_grad()
 def predict_files(args):
-    """Classify the image files of --predict; return the exit status."""
+    """Classify the files of --predict; return the exit status."""
     model, path = load_predictor(args.checkpoint or args.output_dir)
     print(f"Model: {path}")
     status, shown = 0, []
@@ -1091,7 +1091,7 @@ def predict_files(args):
         best, second = row.argsort(descending=True)[:2].tolist()
         answer = f"{best} ({row[best]:.1%}), then {second} ({row[second]:.1%})"
         if row[best] - row[second] < 0.2 and not problem:
-            problem = f"not clearly a digit; closest: {answer}"
+            problem = f"not clear; closest: {answer}"
         answer = f"no answer: {problem}" if problem else answer
         print(f"{name}: {answer}")
         title = f"{name[-60:]}\n{answer}".encode("latin-1", "replace")
@@ -1181,7 +1181,7 @@ def read_settings(argv=None):
     """Return the settings, a Namespace; argparse exits if one is wrong."""
     parser = argparse.ArgumentParser(
         prog="main.py",
-        usage="python main.py [flags]   (--help lists them)",
+        usage="python main.py [flags] (see --help)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -1197,8 +1197,7 @@ def read_settings(argv=None):
     add("--resume", type=Path, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
-    # First the constants, or the settings of the recipe or of the run to resume; then
-    # what is typed. The last one wins, and all are checked.
+    # The constants, or those of the recipe or run to resume; then what is typed wins.
     typed = sys.argv[1:] if argv is None else list(argv)
     base = {name: details[0] for name, details in FLAGS.items()}
     args = parser.parse_args(as_flags(base) + typed)
@@ -1228,7 +1227,7 @@ def read_settings(argv=None):
 
 @contextmanager
 def catch_signals():
-    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a KeyboardInterrupt."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a KeyboardInterrupt."""
     before = {}
 
     def stop(number, frame):
@@ -1282,7 +1281,7 @@ def main(argv=None):
     except OSError as error:
         text = f"{error.filename or 'output'}: {error.strerror or error}"
     except (MemoryError, torch.OutOfMemoryError):
-        text = "out of memory: try a smaller --batch-size, or --device cpu"
+        text = "out of memory: reduce --batch-size, or use --device cpu"
     except RuntimeError as error:
         if not LAUNCHED:
             raise  # a bug

@@ -112,20 +112,12 @@ def test_a_damaged_config_is_refused(tmp_path, runs, refuse, config):
     refuse("config.json", "--resume", folder)
 
 
-@pytest.mark.parametrize(
-    "setting, value, told",
-    [("batch_size", "many", "--batch-size"), ("lr", 0.5, "checkpoint.pt")],
-)
-def test_a_config_with_another_setting_is_refused(
-    tmp_path, runs, refuse, setting, value, told
-):
-    """Else the optimizer would go on with another learning rate than is written there."""
+def test_a_config_with_an_impossible_setting_is_refused(tmp_path, runs, refuse):
     run = shutil.copytree(runs["fc"], tmp_path / "run")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    config["settings"][setting] = value
+    config["settings"]["batch_size"] = "many"
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    usage = told == "--batch-size"  # argparse's line is before ours
-    refuse(told, "--resume", run, "--epochs", 2, lines=1 + usage)
+    refuse("--batch-size", "--resume", run, lines=2)  # argparse's line is before ours
 
 
 @pytest.mark.parametrize("place", ["nothing", "empty", "file.txt"])

@@ -151,7 +151,7 @@ def test_the_folder_has_all_files_and_metrics_what_was_measured(finished):
 
 def test_config_has_every_setting_version_and_checksum(finished):
     config, names = finished.config, "recipe model epochs batch_size lr optimizer seed"
-    names += " seeds limit device data_dir output_dir comet compare"
+    names += " seeds limit device data_dir output_dir comet"
     assert set(config["settings"]) == set(names.split())
     assert [config["settings"][name] for name in ("epochs", "limit")] == [2, 2000]
     assert config["device"] == str(main.select_device())

@@ -238,7 +238,7 @@ def test_out_of_memory_in_mid_run(start, spawn):
     run = start(fill_memory, *OFFLINE, "--epochs", "3", "--output-dir", "my runs")
     assert run.wait() == 1
     assert "Traceback" not in run.stderr
-    assert "--batch-size, or --device cpu" in run.stderr
+    assert "--batch-size, or use --device cpu" in run.stderr
     # The resume line and the upload line can be pasted into a shell.
     *_, flag, folder = shlex.split(messages(run)[-1])
     run = spawn(flag, folder)

@@ -192,10 +192,10 @@ def test_bad_files_get_a_line_each_and_the_others_an_answer(tmp_path, predict):
     problems = {
         "missing.png": "No such file or directory",
         "cut.png": "",
-        "text.png": "not an image, try JPEG or PNG",
+        "text.png": "not an image (try JPEG",
         "bomb.png": "exceeds limit",
         "script.eps": "not an image",
-        "empty folder": "Is a directory",
+        "empty folder/*": "No such file",
         "*.tif": "No such file or directory",
     }
     lines, errors = predict(*problems, "good.png", status=2)
@@ -265,14 +265,14 @@ def test_the_picture_is_legible(tmp_path, monkeypatch, model_file, count):
 def test_the_newest_finished_run_is_taken(tmp_path, spawn, model_file):
     as_image(photos.draw("dark on light")).save(tmp_path / "seven.png")
     run = spawn("--predict", "seven.png")
-    assert run.wait() == 2 and "no trained network in runs" in run.stderr
+    assert run.wait() == 2 and "no model.pt in runs" in run.stderr
     for age, name in enumerate(["b-cnn", "c-compare/fc-seed-0", "a-cnn"]):
         (tmp_path / "runs" / name).mkdir(parents=True)
         copy = shutil.copy(model_file, tmp_path / "runs" / name)
         os.utime(copy, (time.time() - 100 + age,) * 2)
     run = spawn("--predict", "seven.png")
     assert run.wait() == 0 and "Model: runs/a-cnn/model.pt" in run.stdout
-    run = spawn("--predict", "seven.png", "--resume", "runs/c-compare")
+    run = spawn("--predict", "seven.png", "--checkpoint", "runs/c-compare")
     assert run.wait() == 0 and "runs/c-compare/fc-seed-0/model.pt" in run.stdout
 
 

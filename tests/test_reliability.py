@@ -193,7 +193,7 @@ def test_resuming_a_finished_run_does_no_harm(stories):
 def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
     run = start(tmp_path, *FLAGS, *KINDS[signal.SIGINT])
     stop_in_second_epoch(run, signal.SIGINT)
-    run.wait_for(lambda: "stopped" in run.stderr)
+    run.wait_for(lambda: "main.py" in run.stderr)
     run.kill(signal.SIGINT)
     assert run.wait(20) in (130, -signal.SIGINT)
     resumed = start(tmp_path, "--resume", run.run_dir, "--comet", "off")
@@ -233,7 +233,7 @@ def test_sigkill_while_a_checkpoint_is_written_loses_nothing(tmp_path, stories):
     run = start(tmp_path, *SMALL, target=be_killed_while_saving)
     assert run.wait() == -signal.SIGKILL, run.stderr
     kept = torch.load(run.run_dir / "checkpoint.pt", weights_only=True)
-    assert len(kept["history"]["train_loss"]) == 1
+    assert len(kept["kept"]["history"]["train_loss"]) == 1
     resumed = start(tmp_path, "--resume", run.run_dir)
     assert resumed.wait() == 0, resumed.stderr
     assert "Epoch 2/3" in resumed.stdout
@@ -291,7 +291,7 @@ def test_what_was_good_is_kept_when_the_second_epoch_fails(tmp_path, stories, ta
         == read(whole, "metrics.json")["losses"][:160]
     )
     kept = torch.load(run.run_dir / "checkpoint.pt", weights_only=True)
-    assert len(kept["history"]["train_loss"]) == 1
+    assert len(kept["kept"]["history"]["train_loss"]) == 1
     assert_whole(run.run_dir)
     if target is be_diverging:
         assert "--lr" in run.stderr

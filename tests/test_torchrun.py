@@ -131,7 +131,7 @@ def test_a_killed_process_ends_the_other_and_two_go_on_to_the_weights_of_one(
     assert time.monotonic() - begin < 45
     assert "TRAINING COMPLETE" not in team.stdout
     checkpoint = torch.load(team.run_dir / "checkpoint.pt", weights_only=True)
-    epochs = len(checkpoint["history"]["train_loss"])
+    epochs = len(checkpoint["kept"]["history"]["train_loss"])
     assert epochs in (1, 2)
     (line,) = (line for line in messages(team) if "--resume" in line)
     assert line.endswith(f"--resume {team.run_dir.relative_to(team.folder)}")

@@ -73,8 +73,6 @@ def test_evaluate_uses_no_gradients_and_puts_the_mode_back(model, digits, traini
     assert seen == [(None, False)] * 2
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(module.training is training for module in model.modules())
-    with pytest.raises(ValueError, match="no images"):
-        main.evaluate(model, [])
 
 
 def train_plainly(model, batches, optimizer):
