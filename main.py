@@ -735,7 +735,7 @@ class UserError(Exception):
 
 @contextmanager
 def explaining(what, status=2):
-    """Turn any error, as from a damaged file, into a UserError."""
+    """Turn any error into a UserError."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
@@ -816,7 +816,7 @@ def save_figure(figure, path):
 
 
 def load_predictor(path):
-    """Return the model in a model.pt or checkpoint.pt, and its path."""
+    """Return the model of a file, or of a folder's newest run."""
     path = Path(path)
     if not path.is_file():  # a folder: take its newest run
         found = sorted(path.rglob("model.pt"), key=os.path.getmtime)
@@ -835,7 +835,7 @@ def load_predictor(path):
 
 
 def read_archive(path, md5):
-    """Return the bytes of a file of MNIST; download it if it is missing."""
+    """Return the bytes of a file of MNIST, downloaded if missing."""
     missing = not path.exists()
     with explaining(f"put {path} there (MD5 sum {md5}, see data/README.md)"):
         content = download(path.name) if missing else path.read_bytes()
@@ -969,7 +969,7 @@ def find_images(names):
 
 
 def read_photo(path):
-    """Return a picture, upright, as grey levels: float32 (H, W), 0 to 255."""
+    """Return a picture as grey levels: float32 (H, W), 0 to 255."""
     with suppress(ImportError):  # for pictures of iPhones
         from pillow_heif import register_heif_opener
 

@@ -164,6 +164,13 @@ def watch_training(patch, stop_in=None):
     return epochs
 
 
+def pytest_collection_modifyitems(items):
+    """Run the longest files first: else the last one would run alone."""
+    long = ["comet", "report", "torchrun", "everywhere", "reliability", "predict"]
+    order = {f"test_{name}": place for place, name in enumerate(long)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(long)))
+
+
 @pytest.fixture
 def environment(tmp_path):
     """An environment with no Comet key and no proxy, its home in an empty folder."""

@@ -203,7 +203,7 @@ def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
 
 def test_sigkill_at_any_moment_loses_nothing(tmp_path, stories):
     moments, flags = random.Random(0), SMALL
-    for _ in range(6):
+    for _ in range(4):
         run = start(tmp_path, *flags)
         run.wait_for(lambda: "Report:" in run.stdout)  # noqa: B023, it is used up here
         run.process.join(moments.uniform(0, 0.5))
