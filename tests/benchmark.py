@@ -99,12 +99,13 @@ def measure(command, metrics=None):
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         errors.seek(0)
-        peak = int(errors.read().split()[-1]) if not status else 0
+        text = errors.read()  # of a script that ends with os._exit: no peak
+        before = text.split()[-1] if "peak " in text else usage.ru_maxrss
     if status:
         sys.exit(f"{command} ended with status {status}")
     results = json.loads(metrics().read_text() if metrics else output)
     unit = 2**20 if platform.system() == "Darwin" else 2**10
-    memory = {"MB": peak / unit, "MB at exit": usage.ru_maxrss / unit}
+    memory = {"MB": int(before) / unit, "MB at exit": usage.ru_maxrss / unit}
     return {"command": seconds, **memory, **results}
 
 
