@@ -212,7 +212,7 @@ RULE = "=" * 70
 
 
 def select_device(name="auto"):
-    """Return a torch.device that works; "auto": MPS, else CUDA, else the CPU."""
+    """Return a device that works; "auto": MPS, else CUDA, else the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         mps = torch.backends.mps.is_available() and not LAUNCHED
@@ -228,7 +228,7 @@ def select_device(name="auto"):
         if LAUNCHED and device.type == "cuda":  # each process has its own
             device = torch.device("cuda", LOCAL_RANK)
             torch.cuda.set_device(device)
-        torch.ones(1, device=device).sum().item()  # it may be listed but broken
+        torch.ones(1, device=device).sum().item()  # does it work?
     return device
 
 
@@ -510,7 +510,6 @@ class Recorder:
             self.write_page("training")
 
     def end_epoch(self, loss, accuracy):
-        """Keep the epoch's results and a checkpoint."""
         self.show()
         self.bar.close()
         for weights in self.model.parameters():
@@ -749,7 +748,6 @@ def warn(text):
 
 
 def describe(args, device):
-    """Return what config.json holds."""
     kept = {name: getattr(args, name) for name in FLAGS}
     packages = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
     return {
@@ -763,7 +761,7 @@ def describe(args, device):
 
 
 def read_config(folder):
-    """Return the settings that a run's folder has kept."""
+    """Return the settings of a run's folder."""
     with explaining(f"{folder} is not a run folder (config.json)"):
         kept = json.loads(Path(folder, "config.json").read_bytes())["settings"]
         return {name: kept[name] for name in FLAGS}
@@ -840,7 +838,7 @@ def read_archive(path, md5):
     with explaining(f"put {path} there (MD5 sum {md5}, see data/README.md)"):
         content = download(path.name) if missing else path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        reason = f"damaged, or not MNIST's (its MD5 sum is not {md5})"
+        reason = f"damaged, or not MNIST's (MD5 sum is not {md5})"
         raise UserError(f"{path} is {reason}: move it away, or change --data-dir")
     if missing:
         with suppress(OSError):  # the folder may be read-only
@@ -1102,7 +1100,7 @@ def predict_files(args):
         figure = draw_digits(images, rows, titles, colours, bars=True)
         picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
         save_figure(figure, picture)
-        print(f"What the network sees is in {picture}")
+        print(f"Picture: {picture}")
     return status
 
 
@@ -1173,7 +1171,6 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
 
 
 def as_flags(values):
-    """Return the settings, a dict, as command-line arguments."""
     return [f"--{name.replace('_', '-')}={values[name]}" for name in FLAGS]
 
 
@@ -1219,7 +1216,7 @@ def read_settings(argv=None):
     for name in FLAGS:
         value, allowed = getattr(args, name), FLAGS[name][1]
         if name in fixed and value != base[name]:
-            parser.error(f"the run to resume has {name} {base[name]}")
+            parser.error(f"the run has {name} {base[name]}")
         if type(value) is not str and not allowed[0] <= value <= allowed[1]:  # or nan
             parser.error(f"{name} must be from {allowed[0]} to {allowed[1]}")
     return args
@@ -1250,8 +1247,7 @@ def catch_signals():
 def main(argv=None):
     """Do what the command line says; return the exit status."""
     warn.cache_clear()
-    # They may be closed, or not there: pythonw on Windows.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -1263,6 +1259,10 @@ def main(argv=None):
         if platform.libc_ver()[0] == "glibc":  # keep the memory that steps free
             for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, 2**25)  # bytes: 1.25 times as fast
+        with suppress(OSError, ValueError):  # a container's share
+            quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+            cores = max(1, int(quota) // int(period))  # more are far slower
+            torch.set_num_threads(min(cores, torch.get_num_threads()))
         with catch_signals(), join_processes(args) if LAUNCHED else nullcontext():
             load_mnist(args.data_dir)  # an error there leaves no folder
             folder = args.resume or make_run_folder(args.output_dir, args.model)
@@ -1285,7 +1285,7 @@ def main(argv=None):
     except RuntimeError as error:
         if not LAUNCHED:
             raise  # a bug
-        text = f"another process has ended: {str(error).splitlines()[0]}"
+        text = f"another process ended: {str(error).splitlines()[0]}"
     warn(text)
     if folder and RANK == 0:
         with suppress(OSError):

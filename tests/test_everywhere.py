@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import conftest
 import pytest
@@ -127,6 +128,25 @@ def test_a_notebook_calls_main_again_and_again(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in (1, 2, 15)] == handlers
     assert "TRAINING COMPLETE" in out.getvalue()
     assert err.getvalue().count("cannot read missing.png") == 2  # said each time
+
+
+def be_in_a_container(*arguments):
+    """May use one core, and see more of them: two threads took 16 times as long."""
+    read_text = Path.read_text
+
+    def read(path, *more, **named):
+        if path == Path("/sys/fs/cgroup/cpu.max"):
+            return "100000 100000\n"
+        return read_text(path, *more, **named)
+
+    Path.read_text = read
+    torch.set_num_threads(2)
+    assert main.main(list(arguments)) == 0
+    return 10 + torch.get_num_threads()
+
+
+def test_in_a_container_it_has_as_many_threads_as_cores(start):
+    assert start(be_in_a_container, *QUICK).wait() == 11
 
 
 def be_started_by_cron(*arguments):

@@ -226,7 +226,7 @@ def test_it_says_and_draws_what_the_network_sees(tmp_path, predict, model_file):
     assert answers[2].startswith("./2.png: no answer: several digits")
     assert answers[3].startswith("./3.png: no answer: nothing stands out")
     (picture,) = (tmp_path / "runs").glob("*-predict/predictions.png")
-    assert last == f"What the network sees is in {picture.relative_to(tmp_path)}"
+    assert last == f"Picture: {picture.relative_to(tmp_path)}"
 
 
 @pytest.mark.parametrize("name", ["数字7.png", os.fsdecode(b"seven-\xff.png")])

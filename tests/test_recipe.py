@@ -159,4 +159,4 @@ def test_the_average_is_that_of_nine_shifted_images(digits):
 
 def test_the_cycle_of_a_run_cannot_be_made_longer(accurate, capsys):
     assert main.main(["--resume", str(accurate[0]), "--epochs", "3"]) == 2
-    assert "the run to resume has epochs 2" in capsys.readouterr().err
+    assert "the run has epochs 2" in capsys.readouterr().err
