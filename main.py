@@ -1096,10 +1096,8 @@ def predict_files(args):
         colour = GREY if problem else BLUE
         shown.append((image, row.numpy(), title.decode("latin-1"), colour))
     if shown:
-        images, rows, titles, colours = zip(*shown[:100])
-        figure = draw_digits(images, rows, titles, colours, bars=True)
         picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
-        save_figure(figure, picture)
+        save_figure(draw_digits(*zip(*shown[:100]), bars=True), picture)
         print(f"Picture: {picture}")
     return status
 
