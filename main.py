@@ -124,7 +124,7 @@ MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
 
 
-@functools.cache  # several runs load it once
+@functools.cache  # loaded once
 def load_mnist(data_dir):
     """Return MNIST: training images and labels, test images and labels.
 
@@ -269,9 +269,10 @@ def train_run(args, folder):
     else:
         more = SGD if accurate else {}
         optimizer = torch.optim.SGD(model.parameters(), args.lr, **more)
+    # A run to resume: the Recorder loads its checkpoint.
     recorder = Recorder(args, folder, device, steps, model, optimizer)
     done = recorder.epochs_done  # 0, unless a run is resumed
-    # The learning rate is constant, or has the accurate recipe's schedule.
+    # The learning rate: constant, or scheduled. (last_epoch counts steps.)
     cycle = functools.partial(one_cycle, args.epochs * steps)
     factor = cycle if accurate else lambda step: 1.0
     scheduler = LambdaLR(optimizer, factor, last_epoch=done * steps - 1)
@@ -298,7 +299,7 @@ def train_run(args, folder):
             loss, accuracy = train_epoch(
                 ddp_model, batches, loss_function, optimizer, scheduler, recorder.step
             )
-            loss, accuracy = average(loss, accuracy, device)
+            loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
         if RANK > 0:  # with torchrun, only the first process tests
