@@ -276,7 +276,7 @@ def train_run(args, folder):
     cycle = functools.partial(one_cycle, args.epochs * steps)
     factor = cycle if accurate else lambda step: 1.0
     scheduler = LambdaLR(optimizer, factor, last_epoch=done * steps - 1)
-    # With torchrun: the same weights, but averaged gradients.
+    # With torchrun: averaged gradients.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
@@ -348,7 +348,7 @@ def draw_distortions(count):
 
 
 def augment(batches, distortions):
-    """Yield the batches, distorted; in a third, strokes are thicker, in a third thinner."""
+    """Yield the batches, distorted; a third thicker, a third thinner."""
     start = 0
     for images, labels in batches:
         maps = distortions[start : start + len(images)].to(images.device)
@@ -434,7 +434,7 @@ class Recorder:
         """`steps`: per epoch. If the folder has a checkpoint, continue from it."""
         self.args, self.folder, self.steps = args, folder, steps
         self.device, self.model, self.optimizer = device, model, optimizer
-        self.waiting, self.bar, self.results = [], tqdm(disable=True), {}
+        self.waiting, self.bars, self.results = [], [tqdm(disable=True)], {}
         history = {"train_loss": [], "train_accuracy": [], "epoch_seconds": []}
         self.kept = {
             "history": history,
@@ -483,7 +483,8 @@ class Recorder:
         self.write_page("training")
 
     def start_epoch(self):
-        self.bar = tqdm(total=self.steps, disable=RANK > 0)
+        # All are kept: Python ignores a Ctrl-C while one is deleted.
+        self.bars.append(tqdm(total=self.steps, disable=RANK > 0))
         self.epoch_start = time.perf_counter()
 
     def step(self, loss):
@@ -503,8 +504,8 @@ class Recorder:
             if len(self.losses) % every == 0:
                 self.comet.log_metric("loss", loss, step=len(self.losses))
         smoothed = self.smoothed.get()
-        self.bar.set_postfix(loss=f"{smoothed[-1]:.4f}", refresh=False)
-        self.bar.update(len(losses))
+        self.bars[-1].set_postfix(loss=f"{smoothed[-1]:.4f}", refresh=False)
+        self.bars[-1].update(len(losses))
         self.plotter.plot(smoothed)
         self.shown = time.monotonic()
         if self.shown - self.page_written >= 5:
@@ -512,7 +513,7 @@ class Recorder:
 
     def end_epoch(self, loss, accuracy):
         self.show()
-        self.bar.close()
+        self.bars[-1].close()
         for weights in self.model.parameters():
             check_finite(weights.detach().sum().item(), "weights")
         self.history["train_loss"].append(loss)
@@ -572,7 +573,7 @@ class Recorder:
         state = {None: "finished", KeyboardInterrupt: "stopped"}.get(kind, "failed")
         if state == "stopped":
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
-        self.bar.close()
+        self.bars[-1].close()
         try:
             self.plotter.draw(self.smoothed.get())
             whole = {"losses": self.losses[: self.epochs_done * self.steps]}
@@ -939,7 +940,7 @@ def describe_results(run):
 
 
 def print_table(rows):
-    """Print the runs, and each model's mean ± standard deviation."""
+    """Print the runs, and each model's mean accuracy."""
     print("model  seed  parameters  seconds  train accuracy  test accuracy  test loss")
     layout = "{:5} {:5} {:11,} {:8.1f} {:15.4f} {:14.4f} {:10.4f}"
     for row in rows:
