@@ -234,7 +234,7 @@ def select_device(name="auto"):
 
 @torch.no_grad()
 def choose_size(model):
-    """Return 26 if the logits do not depend on the last two pixels, else 28."""
+    """Return 26 if the last two rows and columns do not matter, else 28."""
     images = torch.randn(2, 1, 28, 28)
     with explaining("the model must return 10 logits per image"):
         logits = model(images).view(2, 10)
