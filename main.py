@@ -35,11 +35,11 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -308,7 +308,7 @@ def train_run(args, folder):
         # --- 4. Test ---
         print(RULE, f"EVALUATING {name} MODEL", RULE, sep="\n")
         test_images, test_labels = test_images.to(device), test_labels.to(device)
-        batches = make_batches(test_images, test_labels, batch_size=250)
+        batches = make_batches(test_images, test_labels, batch_size=100)
         predictor = ShiftAverage(model) if accurate else model
         loss, accuracy, logits = evaluate(predictor, batches)
         print(f"Test Accuracy: {accuracy:.4f}\nTest Loss: {loss:.4f}\n")
@@ -995,14 +995,14 @@ def find_ink(grey):
     factor = math.ceil(max(grey.shape) / 48)
     small = np.array(Image.fromarray(grey).reduce(factor))
     size = max(small.shape)
-    blurred = ndimage.gaussian_filter(small, size / 10, mode="mirror")
+    blurred = scipy.ndimage.gaussian_filter(small, size / 10, mode="mirror")
     if ((blurred - small) ** 3).sum() < 0:  # light ink on dark paper
         grey, small = -grey, -small
     # The light levels around, then the dark ones: no strokes are left.
     paper, window = small, size // 2 + 1
     for part in 75, 25:
-        paper = ndimage.percentile_filter(paper, part, window, mode="nearest")
-    paper = ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
+        paper = scipy.ndimage.percentile_filter(paper, part, window, mode="nearest")
+    paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((factor, factor)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
     noise = 6 * np.quantile(abs(ink), 0.25)  # two standard deviations
@@ -1015,9 +1015,9 @@ def find_ink(grey):
 
 def number_parts(mask, gap):
     """Number the parts of a mask from 1; return their sizes, too."""
-    near = ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
-    number = ndimage.label(near)[0] * mask
-    boxes = ndimage.find_objects(number)
+    near = scipy.ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
+    number = scipy.ndimage.label(near)[0] * mask
+    boxes = scipy.ndimage.find_objects(number)
     sizes = [(y.stop - y.start, x.stop - x.start) for y, x in boxes]
     return number, np.array([(0, 0), *sizes])  # 0 is the paper
 
@@ -1027,7 +1027,7 @@ def look_inside(mask, frame):
     number, sizes = number_parts(mask | frame, gap=0)
     sides = sizes.max(axis=1)
     frame = number == sides.argmax()
-    holes = ndimage.binary_fill_holes(frame) & ~frame
+    holes = scipy.ndimage.binary_fill_holes(frame) & ~frame
     inside = sides[number * holes]
     return inside > 0 if inside.max() > 0.08 * max(sides) else mask
 
@@ -1048,7 +1048,7 @@ def cut_out(ink):
     mask = large[number]
     height, width = np.ptp(np.nonzero(mask), axis=1)
     several = sum(tall) > 1 or width > 2 * height or counts[digit] < sum(counts) / 2
-    mask = ndimage.maximum_filter(mask, 5)  # with the faint edge
+    mask = scipy.ndimage.maximum_filter(mask, 5)  # with the faint edge
     return ink.clip(0, 1) * mask, several
 
 
@@ -1056,7 +1056,7 @@ def centre_digit(ink):
     """Return the ink in 20x20 pixels, its mass centred in 28x28."""
     scale = (np.ptp(np.nonzero(ink > 0.2), axis=1).max() + 1) / 20
     ink = np.pad(ink, math.ceil(15 * scale))
-    y, x = np.array(ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
+    y, x = np.array(scipy.ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
     box = x, y, x + 28 * scale, y + 28 * scale
     digit = Image.fromarray(ink).resize((28, 28), Image.BILINEAR, box)
     return (255 * np.array(digit) / np.max(digit)).round().astype(np.uint8)

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -195,24 +194,6 @@ def spawn(tmp_path, environment):
     for run in runs:
         run.process.kill()
         run.process.join()
-
-
-@pytest.fixture
-def run_script(tmp_path, environment):
-    """run_script(*arguments, **environment): `python main.py ARGUMENTS`, to its end."""
-
-    def run(*arguments, folder=tmp_path, script=ROOT / "main.py", **more):
-        return subprocess.run(
-            [sys.executable, script, *map(str, arguments)],
-            check=False,
-            cwd=folder,
-            env=environment | more,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=300,
-        )
-
-    return run
 
 
 @pytest.fixture(scope="session")

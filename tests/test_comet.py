@@ -66,12 +66,6 @@ def be_timed_main(arguments, folder, out, environment):
     conftest._child(arguments, folder, out, environment)
 
 
-def be_command(arguments, folder, out, environment):
-    """Be the command that the arguments are."""
-    conftest.become(folder, out, environment)
-    os.execvp(arguments[0], arguments)
-
-
 class Server(contextlib.ExitStack):
     """What a run takes for Comet: `url`, and a FakeComet, if there is one."""
 
@@ -177,8 +171,8 @@ def copy_script(folder, **constants):
 def cases(tmp_path_factory):
     """{name: Case}, all ended. FAULTS; "online", "offline": with a continuation.
 
-    "file": the key is in ~/.comet.config; "constant": in main.py. The last two run in
-    new processes, in git repositories.
+    "file": the key is in ~/.comet.config; "constant": in main.py. The last two are
+    scripts in git repositories.
     """
     root, cases = tmp_path_factory.mktemp("comet"), {}
     key = {"COMET_API_KEY": KEY}
@@ -189,7 +183,7 @@ def cases(tmp_path_factory):
             cases[name] = Case(root / name, make(), flags, **key)
         for name, more in ("online", key | names), ("offline", {}):
             cases[name] = Case(root / name, Server(), STEPPY, **more)
-        script = [sys.executable, "main.py", *SHORT, "--comet", "online"]
+        flags = *SHORT, "--comet", "online"
         constants = {"LR": 0.0234567}
         for name in "file", "constant":
             copy_script(root / name, **constants)
@@ -197,7 +191,8 @@ def cases(tmp_path_factory):
         text = f"[comet]\napi_key = {KEY}\n"
         (root / "file" / "home" / ".comet.config").write_text(text, encoding="ascii")
         for name in "file", "constant":
-            cases[name] = Case(root / name, Server(), script, be_command)
+            script = [str(root / name / "main.py"), *flags]
+            cases[name] = Case(root / name, Server(), script, conftest.be_script)
         for name in FAULTS:
             if "mid-run" in name:
                 cases[name].disturb(name)

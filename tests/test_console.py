@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import Run, become, run_here
 
 import main
 
@@ -36,6 +36,17 @@ def list_folder(folder):
     return {path.name for path in folder.iterdir()}
 
 
+def be_in_terminal(arguments, folder, out, environment):
+    """Be main.py in the terminal that the first argument names."""
+    become(folder, out, environment)
+    terminal = os.open(arguments[0], os.O_RDWR)
+    os.write(1, b"here")
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    sys.exit(main.main(arguments[1:]))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """`python main.py --limit 2000 --epochs 2`, in a pipe and in a terminal."""
@@ -47,9 +58,9 @@ def finished(tmp_path_factory):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     with open(pipe / "out", "wb") as out, open(pipe / "err", "wb") as err:
         one = subprocess.Popen(command, cwd=pipe, env=kept, stdout=out, stderr=err)
-    other = subprocess.Popen(
-        command, cwd=terminal, env=kept, stdin=slave, stdout=slave, stderr=slave
-    )
+    arguments = [os.ttyname(slave), *command[2:]]
+    other = Run(arguments, terminal, kept, be_in_terminal)
+    other.wait_for(lambda: other.stdout == "here")
     os.close(slave)
     shown = b""
     try:
@@ -60,7 +71,7 @@ def finished(tmp_path_factory):
     finally:
         os.close(master)
         one.kill()
-        other.kill()
+        other.process.kill()
     (run_dir,) = (pipe / "runs").iterdir()
     return SimpleNamespace(
         stdout=(pipe / "out").read_bytes().decode(),

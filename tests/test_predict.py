@@ -274,10 +274,3 @@ def test_the_newest_finished_run_is_taken(tmp_path, spawn, model_file):
     assert run.wait() == 0 and "Model: runs/a-cnn/model.pt" in run.stdout
     run = spawn("--predict", "seven.png", "--checkpoint", "runs/c-compare")
     assert run.wait() == 0 and "runs/c-compare/fc-seed-0/model.pt" in run.stdout
-
-
-def test_the_command_itself(tmp_path, run_script, model_file):
-    as_image(photos.draw("frame")).save(tmp_path / "seven.png")
-    done = run_script("--predict", "seven.png", "--checkpoint", model_file)
-    assert done.returncode == 0 and done.stderr == ""
-    assert ANSWER.search(done.stdout)[2] == "7"

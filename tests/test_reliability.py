@@ -271,16 +271,8 @@ def be_diverging(*arguments):
     before_second_epoch(lambda sgd: sgd.param_groups[0].update(lr=1e30), arguments)
 
 
-def be_out_of_memory(*arguments):
-    def fail(optimizer):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    before_second_epoch(fail, arguments)
-
-
-@pytest.mark.parametrize("target", [be_diverging, be_out_of_memory])
-def test_what_was_good_is_kept_when_the_second_epoch_fails(tmp_path, stories, target):
-    run = start(tmp_path, *SMALL, target=target)
+def test_what_was_good_is_kept_when_the_second_epoch_fails(tmp_path, stories):
+    run = start(tmp_path, *SMALL, target=be_diverging)
     assert run.wait() == 1, run.stderr
     assert "Traceback" not in run.stderr
     told = [line for line in lines(run) if line.startswith("main.py: ")]
@@ -293,14 +285,7 @@ def test_what_was_good_is_kept_when_the_second_epoch_fails(tmp_path, stories, ta
     kept = torch.load(run.run_dir / "checkpoint.pt", weights_only=True)
     assert len(kept["kept"]["history"]["train_loss"]) == 1
     assert_whole(run.run_dir)
-    if target is be_diverging:
-        assert "--lr" in run.stderr
-        return
-    assert "--batch-size" in run.stderr and "--device cpu" in run.stderr
-    (line,) = (line for line in told if "--resume" in line)
-    resumed = start(tmp_path, *shlex.split(line.partition("python main.py ")[2]))
-    assert resumed.wait() == 0, resumed.stderr
-    assert outcome(run.run_dir) == outcome(whole)
+    assert "--lr" in run.stderr
 
 
 def test_no_room_on_the_disk_leaves_the_earlier_files_whole(tmp_path, stories):
