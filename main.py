@@ -10,7 +10,7 @@ python main.py --predict photo.jpg      classify your own handwriting
 torchrun --nproc-per-node=2 main.py     train with two processes, or two GPUs
 
 Test accuracy 98.0 ± 0.5 %, accurate 99.64 ± 0.03 %: mean ± standard deviation of 10
-seeds, with PyTorch 2.14.1 on 2 cores of an AMD EPYC.
+seeds (README.md).
 """
 
 import argparse
@@ -921,7 +921,7 @@ def train_all(args, folder):
     if RANK == 0:
         print_table(rows)
         save_json({"runs": rows}, folder / "metrics.json")
-        print(f"Results of all {len(rows)} runs: {folder}")
+        print(f"Results of all runs: {folder}")
 
 
 def describe_results(run):
@@ -981,7 +981,6 @@ def read_photo(path):
             image = Image.fromarray(np.uint8(np.array(image) >> 8))
         paper = Image.new("RGBA", image.size, "grey")  # behind transparency
         image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
-        image.thumbnail((1000, 1000))
         return np.array(image, np.float32)
     except UnidentifiedImageError:
         reason = "not an image (try JPEG; for HEIC: pip install pillow-heif)"
@@ -1085,7 +1084,7 @@ def predict_files(args):
             image, problem = prepare_photo(read_photo(name))
         except UserError as error:
             warn(str(error))
-            status = error.status
+            status = 2
             continue
         row = model(normalise(torch.tensor(image[None]))).softmax(dim=1)[0]
         best, second = row.argsort(descending=True)[:2].tolist()
@@ -1094,9 +1093,8 @@ def predict_files(args):
             problem = f"not clear; closest: {answer}"
         answer = f"no answer: {problem}" if problem else answer
         print(f"{name}: {answer}")
-        title = f"{name[-60:]}\n{answer}".encode("latin-1", "replace")
-        colour = GREY if problem else BLUE
-        shown.append((image, row.numpy(), title.decode("latin-1"), colour))
+        title = f"{name[-60:]}\n{answer}".encode("latin-1", "replace").decode("latin-1")
+        shown.append((image, row.numpy(), title, GREY if problem else BLUE))
     if shown:
         picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
         save_figure(draw_digits(*zip(*shown[:100]), bars=True), picture)
@@ -1162,10 +1160,10 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
     "optimizer": (OPTIMIZER, ("sgd", "adam"), "what updates the weights"),
     "seed": (SEED, (0, 2**32 - 1), "of initial weights and shuffling"),
     "seeds": (SEEDS, (1, 1000), "number of runs: with SEED, SEED + 1, ..."),
-    "limit": (LIMIT, (0, 60_000), "train on the first N images only; 0: all"),
+    "limit": (LIMIT, (0, 60_000), "train on the first N images; 0: all"),
     "device": (DEVICE, None, "auto, cpu, mps, cuda, cuda:1, ..."),
     "data_dir": (DATA_DIR, None, "folder with MNIST/raw/*.gz"),
-    "output_dir": (OUTPUT_DIR, None, "folder for the runs' folders"),
+    "output_dir": (OUTPUT_DIR, None, "where the runs are kept"),
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
 

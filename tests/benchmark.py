@@ -1,6 +1,6 @@
 """How fast main.py is beside the usual loop. Not a test: run it on an idle machine.
 
-python tests/benchmark.py              5 rounds, about 5 minutes on 2 cores
+python tests/benchmark.py              5 rounds, about 10 minutes on 2 cores
 python tests/benchmark.py --other DIR  an older checkout takes its turn as well
 
 Every measurement is a process of its own, one at a time; the sides take turns.
@@ -169,12 +169,16 @@ def main():
             ratios = [other / ours for other, ours in zip(side, seconds[1])]
             show(f"{name} / main.py", [ratios])
     for flags in ((), ("--recipe", "accurate")):
-        run = run_script(ROOT, "--comet", "offline", *flags)
-        outside = run["command"] - sum(run["epoch_seconds"])
+        runs = [run_script(ROOT, "--comet", "offline", *flags) for _ in range(3)]
+        outside = [run["command"] - sum(run["epoch_seconds"]) for run in runs]
         print(
-            f"\nmain.py {' '.join(flags)}: {run['command']:.1f} s, {outside:.1f} s of it "
-            f"outside the epochs, {run['MB']:.0f} MB, at exit {run['MB at exit']:.0f}"
+            f"\n| python main.py {' '.join(flags)} | median of 3 (lowest to highest) |"
         )
+        print("|---|---|")
+        show("seconds in all", [[run["command"] for run in runs]], 1)
+        show("seconds outside the epochs", [outside], 1)
+        for kind in ("MB", "MB at exit"):
+            show(f"peak memory, {kind}", [[run[kind] for run in runs]], 0)
     return None
 
 
