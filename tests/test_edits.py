@@ -37,6 +37,26 @@ Flat = edited(flatten=lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm2d(900)))
 Eleven = edited(fc2=lambda: nn.Linear(128, 11))  # one class too many
 
 
+class Deep(nn.Module):
+    """The border matters in the fifth decimal of its logits, as long as it is untrained."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        for channels in [1] + 8 * [32]:
+            layers += [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(("network", "size"), [(main.CNN, 26), (Other, 28), (Deep, 28)])
+def test_images_are_cropped_only_if_the_logits_stay_the_same(network, size):
+    assert [main.choose_size(network()) for _ in range(3)] == [size] * 3
+
+
 @pytest.fixture
 def edit(monkeypatch):
     """edit(network): have main.py train it as its CNN."""

@@ -408,12 +408,15 @@ def test_resume_takes_the_checkpoint_for_its_folder(spawn, trained, tmp_path):
     folder = shutil.copytree(trained("fc"), tmp_path / "run")
     # As in test_checkpoints.py: read and saved again, it is sound.
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["kept"]["comet_key"] = 32 * "k"  # --comet off does not forget it
     torch.save(saved, folder / "checkpoint.pt")
     more = "--epochs", "4", "--device", "cpu:0"  # PyTorch takes it, as it does cuda:1
     run = spawn("--resume", folder / "checkpoint.pt", *more)
     assert run.wait() == 0, run.stderr
     assert "Device: cpu:0" in run.stdout
     assert "Epoch 4/4" in run.stdout
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["kept"]["comet_key"] == 32 * "k"
 
 
 def test_models_of_other_scripts(spawn, trained, tmp_path):
