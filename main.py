@@ -247,7 +247,7 @@ def choose_size(model):
 
 
 def train_run(args, folder):
-    """Train, test and keep one model; return its Recorder."""
+    """Train, test and keep a model (called by main); return its Recorder."""
     accurate, name = args.recipe == "accurate", args.model.upper()
 
     # --- 1. Data ---
@@ -272,7 +272,7 @@ def train_run(args, folder):
         optimizer = torch.optim.SGD(model.parameters(), args.lr, **more)
     # Loads a checkpoint, if any, into model and optimizer.
     recorder = Recorder(args, folder, device, steps, model, optimizer)
-    done = recorder.epochs_done  # 0, unless a run is resumed
+    done = recorder.epochs_done  # 0, unless resumed
     # Learning rate: lr * factor(step). (last_epoch counts steps.)
     cycle = functools.partial(one_cycle, args.epochs * steps)
     factor = cycle if accurate else lambda step: 1.0
@@ -303,7 +303,7 @@ def train_run(args, folder):
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
-        if RANK > 0:  # with torchrun, only the first process tests
+        if RANK > 0:  # with torchrun, only the first tests
             return recorder
 
         # --- 4. Test ---
@@ -1118,7 +1118,7 @@ def encode_digits(digits, chosen):
 
 
 def take_snapshot(run):
-    """Return the network of a Recorder as it is now, for the page."""
+    """Keep a Recorder's weights; return what the page gets of them."""
     weights, epoch = run.model.state_dict(), run.epochs_done
     run.weights = {name: weights[name].cpu().contiguous() for name in weights}
     every = math.ceil(run.args.epochs / 8)  # or the page grows too large
@@ -1136,8 +1136,8 @@ def take_snapshot(run):
         "snapshots": snapshots,
         "check": {"images": encode(images), "logits": logits},
     }
-    kept = {name: encode(run.weights[name].half()) for name in weights}
-    now = [{"epoch": epoch, "weights": kept}] if epoch % every == 0 else []
+    half = {name: encode(run.weights[name].half()) for name in weights}
+    now = [{"epoch": epoch, "weights": half}] if epoch % every == 0 else []
     run.kept["snapshots"] = snapshots + now
     return page
 
