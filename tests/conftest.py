@@ -31,7 +31,7 @@ FORKS.set_forkserver_preload(["preload"])
 RUNS = {  # what several files look at: the fixture `trained`
     "cnn": "--limit=6000 --epochs=3 --lr=0.1 --comet=off",
     "fc": "--model=fc --limit=6000 --epochs=3 --comet=off",
-    "accurate": "--recipe=accurate --limit=6000 --epochs=2 --batch-size=32 --comet=off",
+    "accurate": "--recipe=accurate --model=fc --limit=2000 --epochs=1 --comet=off",
     "study": "--compare --seeds=2 --seed=5 --limit=640 --epochs=1 --batch-size=32 "
     "--lr=0.05 --comet=offline",
 }

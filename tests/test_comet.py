@@ -32,7 +32,7 @@ OF_COMET = {"curr_step", "curr_epoch"}  # parameters that Comet itself adds
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 SHORT = "--model", "fc", "--limit", "640", "--epochs", "1"
 STEPPY = *SHORT, "--batch-size", "2"  # 320 steps
-LONG = "--model", "fc", "--limit", "5000", "--batch-size", "5", "--epochs", "4"
+LONG = "--model", "fc", "--limit", "3000", "--batch-size", "5", "--epochs", "4"
 
 FAULTS = {  # name: what makes the server
     "key rejected": lambda: Server(bad_key=True),

@@ -106,13 +106,13 @@ def test_layers_that_do_not_fit_are_told(edit, tmp_path, capsys, network, proble
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_a_run_is_told_and_changes_nothing(edit, tmp_path, capsys):
+def test_what_does_not_fit_a_run_is_told_and_changes_nothing(edit, trained, capsys):
     """Other layers; fewer epochs than it has done."""
-    run_dir = run_here(tmp_path, *QUICK)
+    run_dir = trained("cnn")
     kept = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     for network, flags, problem in (
         (main.CNN, ["--resume", run_dir, "--epochs=1"], "--epochs"),
-        (Other, ["--resume", run_dir, "--epochs=3"], "fc1.weight"),
+        (Other, ["--resume", run_dir, "--epochs=4"], "fc1.weight"),
         (
             Other,
             ["--checkpoint", run_dir / "model.pt", "--predict=7.png"],

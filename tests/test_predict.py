@@ -21,8 +21,8 @@ ANSWER = re.compile(r"(.*): (\d) \((\d+\.\d)%\), then (\d) \((\d+\.\d)%\)")
 
 @pytest.fixture(scope="module")
 def model_file(trained):
-    """The weights of a network of the accurate recipe, after a short training."""
-    return trained("accurate") / "model.pt"
+    """The weights of a network, after a short training."""
+    return trained("cnn") / "model.pt"
 
 
 @pytest.fixture

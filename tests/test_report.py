@@ -158,7 +158,7 @@ def test_the_page_computes_the_logits_of_pytorch(open_page, page_of, name):
     model, _ = main.load_predictor(page_of(name).parent)
     expected = model(main.normalise(images)).detach()
     assert float((logits - expected).abs().max()) < 1e-3
-    count = 128 + 128 if name == "fc" else 24 + 24 + 36
+    count = 24 + 24 + 36 if name == "cnn" else 128 + 128
     assert page.locator("#filters canvas, #maps canvas").count() == count
 
     run = read_data(page_of(name))  # and if it cannot:
@@ -331,13 +331,13 @@ def test_a_page_reloads_until_the_run_is_finished(open_page, page_of, tmp_path):
 
 
 def test_a_run_that_is_stopped_or_diverges_says_so(open_page, page_of, spawn):
-    run = spawn("--limit=1000", "--epochs=50", "--comet=off")
+    run = spawn("--model=fc", "--limit=1000", "--epochs=100", "--comet=off")
     run.wait_for(lambda: list(run.folder.glob("runs/*/checkpoint.pt")))
     run.kill(signal.SIGINT)
     assert run.wait() == 130
     page = open_page(run.run_dir / "report.html", clock=1)
     text = page.locator("#live").inner_text()
-    assert re.search(r"■ stopped after \d+ of 50 epochs", text) and "--resume" in text
+    assert re.search(r"■ stopped after \d+ of 100 epochs", text) and "--resume" in text
     assert page.locator("#charts svg").count() == 3 and stays(page)
     flags = "--limit=500", "--epochs=2", "--lr=1e9", "--comet=off"
     run = spawn(*flags, "--output-dir=diverged")
