@@ -165,8 +165,8 @@ def watch_training(patch, stop_in=None):
 
 def pytest_collection_modifyitems(items):
     """Run the longest files first: else the last one would run alone."""
-    long = ["comet", "report", "torchrun", "everywhere", "reliability", "predict"]
-    order = {f"test_{name}": place for place, name in enumerate(long)}
+    long = "comet report torchrun everywhere reliability predict console edits training"
+    order = {f"test_{name}": place for place, name in enumerate(long.split())}
     items.sort(key=lambda item: order.get(item.path.stem, len(long)))
 
 
