@@ -167,7 +167,7 @@ def pytest_collection_modifyitems(items):
     """Run the longest files first: else the last one would run alone."""
     long = "comet report torchrun everywhere reliability predict console edits training"
     order = {f"test_{name}": place for place, name in enumerate(long.split())}
-    items.sort(key=lambda item: order.get(item.path.stem, len(long)))
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture
