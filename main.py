@@ -241,7 +241,7 @@ def choose_size(model):
     # The CNN makes 5x5 of both: 28 > 26 > 13 > 11 > 5 and 26 > 24 > 12 > 10 > 5.
     model, images = model.double(), images.double()  # to see small differences
     with suppress(RuntimeError):  # other layers may fit 28x28 only
-        if torch.allclose(model(images[..., :26, :26]), model(images), 0, 1e-9):
+        if torch.allclose(model(images[..., :26, :26]), model(images), rtol=1e-9):
             return 26
     return 28
 
@@ -303,7 +303,7 @@ def train_run(args, folder):
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
-        if RANK > 0:  # with torchrun, only the first tests
+        if RANK > 0:  # with torchrun, only rank 0 tests
             return recorder
 
         # --- 4. Test ---

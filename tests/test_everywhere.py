@@ -381,7 +381,7 @@ def test_names_that_the_console_cannot_show(tmp_path, environment, trained):
     names = "more/数字7.png", os.fsdecode(b"more/bad\xff.png"), "more/missing数.png"
     command = [sys.executable, main.__file__, "--predict", *names, *model]
     how = {"cwd": tmp_path, "env": environment | plain, "encoding": "utf-8"}
-    run = subprocess.run(command, capture_output=True, check=False, **how)
+    run = subprocess.run(command, capture_output=True, check=False, timeout=300, **how)
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert len(answers(run.stdout)) == 2

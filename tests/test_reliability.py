@@ -253,22 +253,18 @@ def test_a_loss_that_is_no_number_ends_the_run_within_the_epoch(tmp_path):
     assert not (run.run_dir / "model.pt").exists()
 
 
-def before_second_epoch(do, arguments):
-    """Be main.py, with do(optimizer) before its second epoch."""
+def be_diverging(*arguments):
+    """Be main.py, with a huge learning rate in its second epoch."""
     epochs, train_epoch = [], main.train_epoch
 
     def disturbed(model, batches, loss_function, optimizer, *others, **named):
         epochs.append(1)
         if len(epochs) == 2:
-            do(optimizer)
+            optimizer.param_groups[0]["lr"] = 1e30
         return train_epoch(model, batches, loss_function, optimizer, *others, **named)
 
     main.train_epoch = disturbed
     _child(*arguments)
-
-
-def be_diverging(*arguments):
-    before_second_epoch(lambda sgd: sgd.param_groups[0].update(lr=1e30), arguments)
 
 
 def test_what_was_good_is_kept_when_the_second_epoch_fails(tmp_path, stories):
