@@ -103,7 +103,8 @@ def test_four_processes_train_the_weights_of_one(spawn, tmp_path):
     alone = conftest.complete(tmp_path / "alone", *flags, "--comet=off")
     assert [run.wait() for run in team] == [0] * 4, [run.stderr for run in team]
     assert team[0].stdout.count("TRAINING COMPLETE") == 2
-    assert [run.stdout + run.stderr for run in team[1:]] == [""] * 3
+    for run in team[1:]:  # PyTorch itself may warn that it knows no host names
+        assert (run.stdout, messages(run)) == ("", []) and "%|" not in run.stderr
     for name in "fc-seed-0", "fc-seed-1":
         assert_same(alone.run_dir / name, team[0].run_dir / name)
     assert len(team[0].json("metrics.json")["runs"]) == 2
