@@ -8,7 +8,6 @@ Every measurement is a process of its own, one at a time; the sides take turns.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -73,40 +72,25 @@ def train_usually(epochs):
     print(json.dumps({"epoch_seconds": seconds, "test_accuracy": correct / len(test)}))
 
 
-# Runs a script, and says at the end of it how much memory it took at most.
+# Runs a script, and says at the end of it how much memory it took at most: not at the end
+# of the process, since PyTorch reads more of its library files when it is unloaded.
 WATCH = """import atexit, resource, runpy, sys
 usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-atexit.register(lambda: print("peak", usage(), file=sys.stderr))
+atexit.register(lambda: print(usage(), file=sys.stderr))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 def measure(command, metrics=None):
-    """Run a script; return its seconds, peak memory in MB, and its results, a dict.
-
-    "MB" is the peak until the script has ended, "MB at exit" the peak until the process
-    has: PyTorch reads more of its own library files into memory when it is unloaded.
-    """
+    """Run a script; return its seconds, peak memory in MB, and its results, a dict."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WATCH, *command],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        errors.seek(0)
-        text = errors.read()  # of a script that ends with os._exit: no peak
-        before = text.split()[-1] if "peak " in text else usage.ru_maxrss
-    if status:
-        sys.exit(f"{command} ended with status {status}")
-    results = json.loads(metrics().read_text() if metrics else output)
+    command = [sys.executable, "-c", WATCH, *command]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    results = json.loads(metrics().read_text() if metrics else process.stdout)
     unit = 2**20 if platform.system() == "Darwin" else 2**10
-    memory = {"MB": int(before) / unit, "MB at exit": usage.ru_maxrss / unit}
-    return {"command": seconds, **memory, **results}
+    memory = int(process.stderr.split()[-1]) / unit
+    return {"command": seconds, "MB": memory, **results}
 
 
 def run_script(checkout, *flags):
@@ -161,24 +145,18 @@ def main():
     show("images per second", [[60_000 / s for s in side] for side in seconds], 0)
     accuracy = [[100 * run["test_accuracy"] for run in rounds[name]] for name in sides]
     show("test accuracy after it, %", accuracy, 1)
-    for kind in ("MB", "MB at exit"):
-        memory = [[run[kind] for run in rounds[name]] for name in sides]
-        show(f"peak memory, {kind}", memory, 0)
+    show("peak memory, MB", [[run["MB"] for run in rounds[name]] for name in sides], 0)
     for name, side in zip(sides, seconds):
         if name != "main.py":
             ratios = [other / ours for other, ours in zip(side, seconds[1])]
             show(f"{name} / main.py", [ratios])
-    for flags in ((), ("--recipe", "accurate")):
-        runs = [run_script(ROOT, "--comet", "offline", *flags) for _ in range(3)]
-        outside = [run["command"] - sum(run["epoch_seconds"]) for run in runs]
-        print(
-            f"\n| python main.py {' '.join(flags)} | median of 3 (lowest to highest) |"
-        )
-        print("|---|---|")
-        show("seconds in all", [[run["command"] for run in runs]], 1)
-        show("seconds outside the epochs", [outside], 1)
-        for kind in ("MB", "MB at exit"):
-            show(f"peak memory, {kind}", [[run[kind] for run in runs]], 0)
+    runs = [run_script(ROOT, "--comet", "offline") for _ in range(3)]
+    outside = [run["command"] - sum(run["epoch_seconds"]) for run in runs]
+    print("\n| python main.py | median of 3 (lowest to highest) |")
+    print("|---|---|")
+    show("seconds in all", [[run["command"] for run in runs]], 1)
+    show("seconds outside the epochs", [outside], 1)
+    show("peak memory, MB", [[run["MB"] for run in runs]], 0)
     return None
 
 

@@ -9,15 +9,21 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from playwright.sync_api import sync_playwright
 
+IS_LINUX = sys.platform == "linux"
+LINUX = pytest.mark.skipif(not IS_LINUX, reason="Linux alone has this")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -25,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
 # Two processes with two threads each, on two cores, wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-FORKS = multiprocessing.get_context("forkserver")
+# On macOS a fork of a process that has used PyTorch may crash: there each starts anew.
+FORKS = multiprocessing.get_context("forkserver" if IS_LINUX else "spawn")
 FORKS.set_forkserver_preload(["preload"])
 
 RUNS = {  # what several files look at: the fixture `trained`
@@ -37,6 +44,42 @@ RUNS = {  # what several files look at: the fixture `trained`
 }
 
 
+def get_folders(folder):
+    """Return the folders in it: beside the runs lies index.html."""
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+COMMANDS = "chromium chromium-browser google-chrome google-chrome-stable microsoft-edge"
+FILES = (  # where Chrome, Chromium and Edge are on macOS and Windows
+    *("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",),
+    *("/Applications/Chromium.app/Contents/MacOS/Chromium",),
+    *("/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge",),
+    *("Google/Chrome/Application/chrome.exe", "Chromium/Application/chrome.exe"),
+    *("Microsoft/Edge/Application/msedge.exe",),
+)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+QUIET += ["--in-process-gpu"]  # a process less
+WIDE = "document.documentElement.scrollWidth > innerWidth ? ['wide'] : []"
+FAINT = """() => {  // WCAG 2.2, level AA: every text, over all the backgrounds behind it
+    const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+    const light = (colour) => colour.slice(0, 3).map((c) => c / 255)
+        .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((total, c, n) => total + c * [0.2126, 0.7152, 0.0722][n], 0);
+    const behind = (e) => {
+        const [r, g, b, a = 1] = numbers(getComputedStyle(e).backgroundColor);
+        if (a === 1 || !e.parentElement) return [r, g, b];
+        return behind(e.parentElement).map((c, n) => a * [r, g, b][n] + (1 - a) * c);
+    };
+    return [...document.querySelectorAll('body *')].filter((e) => {
+        const isText = (n) => n.nodeType === 3 && n.data.trim();
+        if (![...e.childNodes].some(isText) || !e.getClientRects().length) return false;
+        const {color, fill} = getComputedStyle(e);
+        const one = light(numbers(e.closest("svg") ? fill : color)), two = light(behind(e));
+        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05) < 4.5;
+    }).map((e) => e.outerHTML.slice(0, 80));
+}"""
+
+
 def become(folder, out, environment):
     """Have all that a process of its own has."""
     os.setsid()  # signals for the test's own terminal are not for us
@@ -46,6 +89,8 @@ def become(folder, out, environment):
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in signal.SIGTERM, signal.SIGHUP:  # nohup ignores SIGHUP
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _child(arguments, folder, out, environment):
@@ -106,18 +151,30 @@ class Run:
     @property
     def run_dir(self):
         """The only folder in runs/, the default output folder."""
-        (run_dir,) = (self.folder / "runs").iterdir()
+        (run_dir,) = get_folders(self.folder / "runs")
         return run_dir
 
     def json(self, name):
         return json.loads((self.run_dir / name).read_text(encoding="utf-8"))
 
 
+def normalise(images):
+    return (images[:, None] / 255 - 0.1307) / 0.3081
+
+
+def make_environment(home, **more):
+    """Return an environment with no Comet key and no proxy, its home in this folder."""
+    home.mkdir(parents=True, exist_ok=True)
+    own = "COMET", "PYTHON"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    places = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), str(home))
+    return kept | places | {"no_proxy": "*"} | more
+
+
 def complete(folder, *arguments):
     """Run main.py to its end in a folder, without a Comet key; return the Run."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
-    folder.mkdir(exist_ok=True)
-    run = Run(list(map(str, arguments)), folder, kept | {"HOME": str(folder)})
+    environment = make_environment(folder / "home")
+    run = Run(list(map(str, arguments)), folder, environment)
     assert run.wait() == 0, run.stderr
     assert "Traceback" not in run.stderr
     return run
@@ -129,7 +186,7 @@ def run_here(folder, *arguments, status=0):
 
     given = [*map(str, arguments), "--comet=off", f"--output-dir={folder}"]
     assert main.main(given) == status
-    (run_dir,) = folder.iterdir()
+    (run_dir,) = get_folders(folder)
     return run_dir
 
 
@@ -165,20 +222,21 @@ def watch_training(patch, stop_in=None):
 
 def pytest_collection_modifyitems(items):
     """Run the longest files first: else the last one would run alone."""
-    long = "comet report torchrun everywhere reliability predict console edits training"
+    long = "comet report surroundings torchrun reliability predict console edits"
     order = {f"test_{name}": place for place, name in enumerate(long.split())}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+@pytest.fixture(scope="session")
+def mnist():
+    import main
+
+    return main.load_mnist(str(ROOT / "data"))
+
+
 @pytest.fixture
 def environment(tmp_path):
-    """An environment with no Comet key and no proxy, its home in an empty folder."""
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("COMET", "PYTHON"))
-    }
-    home = tmp_path / "home"
-    home.mkdir()
-    return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home), "no_proxy": "*"}
+    return make_environment(tmp_path / "home")
 
 
 @pytest.fixture
@@ -210,7 +268,76 @@ def trained(tmp_path_factory):
             if not (folder / "done").exists():
                 complete(folder, *RUNS[name].split())
                 (folder / "done").touch()
-        (run_dir,) = (folder / "runs").iterdir()
+        (run_dir,) = get_folders(folder / "runs")
         return run_dir
 
     return train
+
+
+def find_browser():
+    """Return the path of a browser; or None, for Playwright's own, which is installed."""
+    variables = "PROGRAMFILES", "PROGRAMFILES(X86)", "LOCALAPPDATA"
+    roots = [os.environ[name] for name in variables if name in os.environ]
+    paths = [Path(root, file) for root in roots or ["/"] for file in FILES]
+    found = [shutil.which(name) for name in COMMANDS.split()]
+    found += [str(path) for path in paths if path.is_file()]
+    for path in filter(None, found):
+        return path
+    command = [sys.executable, "-m", "playwright", "install", "chromium"]
+    subprocess.run(command, capture_output=True, check=False, timeout=300)
+    return None
+
+
+def read_data(path):
+    """Return what main.py has put into a page."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search('id="run">(.*?)</script>', text)[1])
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, started once for all files that look at pages."""
+    with sync_playwright() as driver:
+        try:
+            path = find_browser()
+            browser = driver.chromium.launch(executable_path=path, args=QUIET)
+        except Exception as error:  # noqa: BLE001
+            need = "install Chromium, Chrome or Edge for these tests (apt install chromium)"
+            pytest.fail(f"{need}: {str(error).splitlines()[0]}", pytrace=False)
+        # A page that stays open: Chromium keeps its process for the next ones.
+        template = ROOT / "data" / "page" / "report.html"
+        browser.new_context().new_page().goto(template.as_uri())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """open_page(path or data): the page. No message, no request to anywhere."""
+    troubles, opened, path = [], [], tmp_path / "report.html"
+
+    def go(run, clock=None, **options):
+        import main
+
+        if isinstance(run, dict):
+            main.write_page(path, dict(run))
+        context = browser.contexts[0]
+        if options or clock is not None:  # a context of its own
+            context = browser.new_context(**options)
+            opened.append(context)
+        page = context.new_page()
+        opened.append(page)
+        if clock is not None:  # seconds after the page was written
+            page.clock.install(time=time.time() + clock)
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda request: troubles.append(request.url))
+        page.goto((path if isinstance(run, dict) else run).as_uri())
+        checked = "!find('answer')?.textContent.startsWith('Checking')"
+        page.wait_for_function(checked)
+        return page
+
+    yield go
+    for one in reversed(opened):
+        one.close()
+    assert not [text for text in troubles if not re.match("file:|data:|blob:", text)]

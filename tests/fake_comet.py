@@ -38,13 +38,12 @@ ABOUT = {  # whatever is asked
 class FakeComet:
     """The server. Its attributes may be changed while it runs.
 
-    `delay`: seconds before each answer. `fail`: an end of paths to answer with 500.
-    `bad_key`: say of any key that it is unknown. Leaving the `with` block cuts all
-    connections, so that it doubles as an outage.
+    `delay`: seconds before each answer. `bad_key`: say of any key that it is unknown.
+    Leaving the `with` block cuts all connections, so that it doubles as an outage.
     """
 
-    def __init__(self, bad_key=False, delay=0.0, fail=None):
-        self.bad_key, self.delay, self.fail = bad_key, delay, fail
+    def __init__(self, bad_key=False, delay=0.0):
+        self.bad_key, self.delay = bad_key, delay
         self.lock = threading.Lock()
         self.connections = []
         self.experiments = set()  # their keys
@@ -123,8 +122,6 @@ class FakeComet:
 
     def take(self, path, query, body, files):
         """Keep what a request brings; return the answer, a status and a dict."""
-        if self.fail and path.endswith(self.fail):
-            return 500, {"msg": "forced failure", "sdk_error_code": 0}
         if path.endswith(("/logger/add/run", "/logger/get/run")):
             key = body.get("experimentKey") or body.get("previousExperiment")
             new = path.endswith("/add/run") and not body.get("getOrCreateEnabled")

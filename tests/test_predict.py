@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import photos
 import pytest
 import torch
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageDraw
 
 import main
 
@@ -59,45 +60,13 @@ def classify(model_file, digits):
 # ----- the preparation
 
 
-def test_mnist_digits_enlarged_and_saved_are_classified_as_well(model_file):
-    images, labels = main.load_mnist(main.DATA_DIR)[2:]
-    images, labels = images[:240], labels[:240].tolist()
-    prepared = []
-    for number, image in enumerate(images.numpy()):
-        ways = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
-        large = Image.fromarray(image).resize((224, 224), ways[number % 2])
-        large = ImageOps.expand(large, (0, 60)[number // 2 % 2])
-        large = ImageOps.invert(large) if number // 4 % 2 else large
-        file = io.BytesIO()
-        large.save(file, ("PNG", "JPEG")[number // 8 % 2], quality=80)
-        prepared.append(prepare(np.array(Image.open(file), np.float32)))
-    original = classify(model_file, images.numpy())
-    found = classify(model_file, [digit for digit, _ in prepared])
-    right = sum(a == b for a, b in zip(original, labels))
-    again = sum(a == b for a, b in zip(found, labels))
-    again -= sum(problem is not None for _, problem in prepared)
-    assert right > 220 and again >= right - 3, (right, again)
-
-
 @pytest.mark.parametrize("kind", photos.KINDS)
 def test_ten_drawings_of_each_kind(model_file, kind):
     prepared = [prepare(photos.draw(kind, digit, 1)) for digit in range(10)]
     digits = classify(model_file, [digit for digit, _ in prepared])
-    right = sum(
-        digit == n and problem is None
-        for n, (digit, (_, problem)) in enumerate(zip(digits, prepared))
-    )
+    problems = [problem for _, problem in prepared]
+    right = sum(a == b and not p for a, b, p in zip(digits, range(10), problems))
     assert right >= (4 if kind in ("squared paper", "hard shadow") else 8), digits
-
-
-@pytest.mark.parametrize("kind", photos.KINDS)
-def test_what_is_round_a_digit_changes_little(kind):
-    """Frames, lines, light and shadow go: what is left is nearly the same image."""
-    plain, _ = prepare(photos.draw("dark on light", 5))
-    other, _ = prepare(photos.draw(kind, 5))
-    rough = ("pencil", "broken strokes", "hard shadow", "squared paper")
-    limit = 30 if kind in rough else 12
-    assert abs(plain - other).mean() < limit
 
 
 @pytest.mark.parametrize("kind", ["two digits", "nothing", "blank ruled paper"])
@@ -120,64 +89,15 @@ def test_a_prepared_digit_is_placed_as_mnist_does():
         assert 18 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
 
 
-@pytest.mark.parametrize("size", [(1, 1), (50, 1), (108, 2), (1, 86), (28, 28)])
-def test_tiny_and_narrow_pictures_do_no_harm(size):
-    grains = np.random.default_rng(0).integers(0, 256, size).astype(np.float32)
-    stroke = np.full(size, 200, np.float32)
-    stroke[int(0.4 * size[0]) : int(0.5 * size[0]) + 1, : int(0.6 * size[1]) + 1] = 20
-    for picture in (0 * grains, grains, stroke):
-        digit, _ = prepare(picture)
-        assert digit.shape == (28, 28)
+# ----- files
 
 
-# ----- kinds of files
-
-
-def save_as(kind, picture, folder):
-    """Save grey levels as one kind of file; return its path."""
-    grey, path, options = as_image(picture), folder / "digit.png", {}
-    if kind == "16 bits":
-        grey = Image.fromarray(picture.astype(np.uint16) * 200 + 3000)
-    elif kind == "transparent":
-        colour = Image.new("RGBA", grey.size, "black")
-        colour.putalpha(ImageOps.invert(grey).point(lambda level: max(0, level - 128)))
-        grey = colour
-    elif kind == "EXIF-turned":
-        options = {"exif": Image.Exif(), "quality": 95}
-        options["exif"][0x0112] = 6  # show it turned right by 90 degrees
-        grey, path = grey.rotate(90, expand=True), folder / "digit.jpg"
-    elif kind == "AVIF":
-        path = folder / "digit.avif"
-    else:
-        grey = grey.convert(kind)
-    grey.save(path, **options)
-    return path
-
-
-KINDS = ["L", "RGB", "P", "RGBA", "16 bits", "transparent", "EXIF-turned"]
-KINDS += ["AVIF"] * features.check("avif")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_is_read(tmp_path, kind):
-    picture = photos.photograph(photos.place(photos.write(4)), paper=240)
-    expected, _ = prepare(picture)
-    made, problem = prepare(main.read_photo(save_as(kind, picture, tmp_path)))
-    assert problem is None and abs(made - expected).mean() < 5
-
-
-def test_heic_is_read_or_the_line_says_what_to_install(tmp_path):
+def test_for_heic_the_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "digit.heic"
-    picture = photos.draw("dark on light", 4)
-    try:
-        import pillow_heif
-    except ImportError:
-        path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-        with pytest.raises(main.UserError, match="pip install pillow-heif"):
-            main.read_photo(path)
-    else:
-        pillow_heif.from_pillow(as_image(picture).convert("RGB")).save(path)
-        assert prepare(main.read_photo(path))[1] is None
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(main.UserError, match="JPEG; for HEIC: pip install pillow-heif"):
+        main.read_photo(path)
 
 
 def test_bad_files_get_a_line_each_and_the_others_an_answer(tmp_path, predict):
@@ -187,14 +107,12 @@ def test_bad_files_get_a_line_each_and_the_others_an_answer(tmp_path, predict):
     (tmp_path / "cut.png").write_bytes(whole.getvalue()[:3000])
     (tmp_path / "text.png").write_text("not an image")
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
-    (tmp_path / "script.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     (tmp_path / "empty folder").mkdir()
     problems = {
         "missing.png": "No such file or directory",
         "cut.png": "",
         "text.png": "not an image (try JPEG",
-        "bomb.png": "exceeds limit",
-        "script.eps": "not an image",
+        "bomb.png": "save it smaller",
         "empty folder/*": "No such file",
         "*.tif": "No such file or directory",
     }
@@ -211,37 +129,32 @@ def test_bad_files_get_a_line_each_and_the_others_an_answer(tmp_path, predict):
 
 
 def test_it_says_and_draws_what_the_network_sees(tmp_path, predict, model_file):
+    """Of the pictures in a folder, and of patterns."""
+    names = "0.png", "1.JPG", "2 [a].webp", "3.png"
     kinds = "dark on light", "light on dark", "two digits", "nothing"
-    for number, kind in enumerate(kinds):
-        as_image(photos.draw(kind, 2)).save(tmp_path / f"{number}.png")
+    for name, kind in zip(names, kinds):
+        as_image(photos.draw(kind, 2)).save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    lines, errors = predict(".", "[01].png")
+    lines, errors = predict(".", "[01].*")
     first, *answers, last = lines
     assert first == f"Model: {model_file}" and errors == []
-    names = ["./0.png", "./1.png", "./2.png", "./3.png", "0.png", "1.png"]
-    assert [answer.split(": ")[0] for answer in answers] == names
+    found = [f"./{name}" for name in names] + ["0.png", "1.JPG"]
+    assert [answer.split(": ")[0] for answer in answers] == found
     for answer in answers[:2] + answers[4:]:
         _, best, p, second, q = ANSWER.fullmatch(answer).groups()
         assert best == "2" != second and 50 <= float(p) and float(p) + float(q) < 100.1
-    assert answers[2].startswith("./2.png: no answer: several digits")
-    assert answers[3].startswith("./3.png: no answer: nothing stands out")
+    assert "no answer: several digits" in answers[2]
+    assert "no answer: nothing stands out" in answers[3]
     (picture,) = (tmp_path / "runs").glob("*-predict/predictions.png")
     assert last == f"Picture: {picture.relative_to(tmp_path)}"
 
 
-@pytest.mark.parametrize("name", ["数字7.png", os.fsdecode(b"seven-\xff.png")])
-def test_a_name_in_chinese_or_in_no_encoding(tmp_path, predict, name):
-    as_image(photos.draw("dark on light")).save(tmp_path / name)
-    lines, errors = predict(name, LC_ALL="C", PYTHONIOENCODING="ascii")
-    assert ANSWER.fullmatch(lines[1])[2] == "7" and errors == []
-    assert len(list((tmp_path / "runs").glob("*/predictions.png"))) == 1
-
-
-@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("count", [1, 20])
 def test_the_picture_is_legible(tmp_path, monkeypatch, model_file, count):
     """Titles, bars and their labels overlap nothing, whatever they say."""
     figures, names = [], []
-    monkeypatch.setattr(main, "save_figure", lambda figure, _: figures.append(figure))
+    note = lambda path, draw, *given, **named: figures.append(draw(*given, **named))
+    monkeypatch.setattr(main, "save_picture", note)
     for number in range(count):
         names.append(str(tmp_path / f"{'my digits ' * 12}{number}.png"))
         kind = ("dark on light", "two digits", "nothing")[number % 3]
@@ -251,15 +164,12 @@ def test_the_picture_is_legible(tmp_path, monkeypatch, model_file, count):
     (figure,) = figures
     figure.draw_without_rendering()
     assert len(figure.axes) == 2 * count
-    cells, labels = [], []
+    cells = []
     for image, chart in zip(figure.axes[::2], figure.axes[1::2]):
         cells.append(Bbox.union([image.get_tightbbox(), chart.get_tightbbox()]))
-        labels.append([text.get_window_extent() for text in chart.texts])
-    for one, other in itertools.combinations(cells[:20], 2):
-        assert not one.overlaps(other)
-    for boxes in labels:
-        for one, other in itertools.pairwise(boxes):
-            assert not one.overlaps(other)
+        labels = [text.get_window_extent() for text in chart.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(labels))
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(cells, 2))
 
 
 def test_the_newest_finished_run_is_taken(tmp_path, spawn, model_file):
@@ -274,3 +184,101 @@ def test_the_newest_finished_run_is_taken(tmp_path, spawn, model_file):
     assert run.wait() == 0 and "Model: runs/a-cnn/model.pt" in run.stdout
     run = spawn("--predict", "seven.png", "--checkpoint", "runs/c-compare")
     assert run.wait() == 0 and "runs/c-compare/fc-seed-0/model.pt" in run.stdout
+
+
+def draw_seven(levels, shape=(300, 260)):
+    """Return a 7 of these levels, ink and paper, as an array (H, W) or (H, W, 3)."""
+    mask = Image.new("L", shape[::-1])
+    points = [(70, 70), (190, 70), (120, 240)]
+    ImageDraw.Draw(mask).line(points, fill=255, width=22, joint="curve")
+    ink, paper = np.array(levels, float)
+    part = np.array(mask)[..., None] / 255
+    return (paper + part * (ink - paper)).squeeze()
+
+
+def save_pgm(path, most):
+    grey = (draw_seven((30, 220)) / 255 * most).astype(">u2")
+    path.write_bytes(b"P5 %d %d %d\n" % (*grey.shape[::-1], most) + grey.tobytes())
+
+
+def save_levels(path, scale, shift, kind):
+    levels = draw_seven((30, 220)) * scale + shift
+    Image.fromarray(levels.astype(kind)).save(path)
+
+
+def save_transparent(path, colour):
+    opacity = draw_seven((255, 0)).astype(np.uint8)
+    image = Image.new("RGBA", opacity.shape[::-1], colour)
+    image.putalpha(Image.fromarray(opacity))
+    image.save(path)
+
+
+def save_second_page(path):
+    blank = Image.new("L", (260, 300), 255)
+    blank.save(path, save_all=True, append_images=[as_image(draw_seven((30, 220)))])
+
+
+def save_turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show it turned right by 90 degrees
+    as_image(draw_seven((30, 220))).rotate(90, expand=True).save(path, exif=exif)
+
+
+def save_colours(path):
+    noise = np.random.default_rng(0).normal(0, 3, (300, 260, 3))
+    as_image(draw_seven(((255, 200, 20), (150, 215, 235))) + noise).save(path)
+
+
+LEVELS = {  # file: how it is saved
+    "16.pgm": lambda path: save_pgm(path, 65_535),
+    "10.pgm": lambda path: save_pgm(path, 1023),
+    "16.png": lambda path: save_levels(path, 257, 0, np.uint16),
+    "32.tif": lambda path: save_levels(path, 1000, 0, np.int32),
+    "to-1.tif": lambda path: save_levels(path, 1 / 255, 0, np.float32),
+    "to-255.tif": lambda path: save_levels(path, 1, 0, np.float32),
+    "below-0.tif": lambda path: save_levels(path, 3, -500, np.float32),
+    "grey.png": lambda path: save_transparent(path, "#808080"),
+    "blue.png": lambda path: save_transparent(path, "#1E90FF"),
+    "orange.webp": lambda path: save_transparent(path, "#FF5722"),
+    "slate.png": lambda path: save_transparent(path, "#708090"),
+    "palette.png": lambda path: as_image(draw_seven((30, 220))).convert("P").save(path),
+    "turned.jpg": save_turned,
+    "as-bright.png": save_colours,
+    "animated.gif": save_second_page,
+    "pages.tif": save_second_page,
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_colours_and_pages_of_all_kinds(tmp_path, name):
+    """They become what the same digit in 8 bits becomes."""
+    path = tmp_path / name
+    LEVELS[name](path)
+    digit, problem = prepare(main.read_photo(path))
+    expected, _ = prepare(draw_seven((30, 220)))
+    assert problem is None
+    assert abs(digit - expected).mean() < 8, abs(digit - expected).mean()
+
+
+def test_in_a_folder_only_pictures_are_looked_at(tmp_path):
+    for name in "7.png", "model.h5", "clip.mpg", "notes.pdf":
+        (tmp_path / name).write_bytes(b"")
+    assert main.find_images([str(tmp_path)]) == [str(tmp_path / "7.png")]
+    assert main.find_images([f"{tmp_path}/model.h5"]) == [f"{tmp_path}/model.h5"]
+
+
+def test_large_photographs_are_read_reduced_and_without_warnings(tmp_path, recwarn):
+    path = tmp_path / "large.jpg"
+    Image.new("L", (12_000, 9_000), 200).save(path)
+    assert max(main.read_photo(path).shape) <= 1500
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_white_margin_at_an_edge_gives_no_wrong_answer(model_file, columns):
+    """Grey paper, darker to the corners, a digit in levels of 60, a crop's margin."""
+    y, x = np.mgrid[-1:1:300j, -1:1:260j]
+    grey = draw_seven((80, 140)) - 15 * (x**2 + y**2)
+    grey[:, -columns:] = 252
+    digit, problem = prepare(grey)
+    assert problem or classify(model_file, [digit]) == [7]

@@ -31,14 +31,10 @@ class Launch(conftest.Run):
     """torchrun with main.py, and its processes."""
 
     def __init__(self, folder, processes, *flags):
-        folder.mkdir(exist_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("COMET")}
-        flags = [
-            *("--standalone", f"--nproc-per-node={processes}", main.__file__),
-            *map(str, flags),
-        ]
-        home = {"HOME": str(folder), "OMP_NUM_THREADS": "1"}
-        super().__init__(flags, folder, kept | home, be_torchrun)
+        own = "--standalone", f"--nproc-per-node={processes}", main.__file__
+        environment = conftest.make_environment(folder / "home")
+        flags = [*own, *map(str, flags)]
+        super().__init__(flags, folder, environment, be_torchrun)
 
     def find(self, rank):
         """Return the process number of a rank."""
@@ -119,10 +115,9 @@ def test_a_batch_that_cannot_be_shared_is_told(spawn, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_killed_process_ends_the_other_and_two_go_on_to_the_weights_of_one(
-    launch, tmp_path
-):
-    """And only the first one shows, tracks and writes."""
+@conftest.LINUX
+def test_a_killed_process_ends_the_other_and_two_go_on(launch, tmp_path):
+    """To the weights of one. And only the first one shows, tracks and writes."""
     team = launch(2, *LONG)
     alone = conftest.complete(tmp_path / "alone", *LONG)
     team.wait_for(lambda: "Epoch 1/3" in team.stdout)
@@ -132,7 +127,7 @@ def test_a_killed_process_ends_the_other_and_two_go_on_to_the_weights_of_one(
     assert time.monotonic() - begin < 45
     assert "TRAINING COMPLETE" not in team.stdout
     checkpoint = torch.load(team.run_dir / "checkpoint.pt", weights_only=True)
-    epochs = len(checkpoint["kept"]["history"]["train_loss"])
+    epochs = len(checkpoint["history"]["train_loss"])
     assert epochs in (1, 2)
     (line,) = (line for line in messages(team) if "--resume" in line)
     assert line.endswith(f"--resume {team.run_dir.relative_to(team.folder)}")
@@ -148,3 +143,15 @@ def test_a_killed_process_ends_the_other_and_two_go_on_to_the_weights_of_one(
     files = [set(run.run_dir.iterdir()) for run in (alone, again)]
     names = [sorted(path.suffix for path in found - before) for found in files]
     assert names[0] == names[1] and names[0].count(".zip") == 1
+
+
+def test_processes_for_which_there_are_not_enough_gpus_use_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(main, "LOCAL_SIZE", 2)
+    assert main.select_device().type == "cpu"
+    assert capsys.readouterr().err == ""  # it was not even tried
+    with pytest.raises(main.UserError, match="GPUs: 1, processes: 2"):
+        monkeypatch.setattr(main, "LAUNCHED", True)
+        monkeypatch.setattr(main, "LOCAL_RANK", 1)
+        main.select_device("cuda")

@@ -1,4 +1,4 @@
-"""Training and evaluation, compared with the plain form of both; the seed."""
+"""Networks, training and evaluation, compared with the plain form of each; the seed."""
 
 import copy
 import itertools
@@ -9,20 +9,23 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_here, watch_training
+from conftest import normalise, run_here, watch_training
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import main
 
-
-@pytest.fixture(scope="module")
-def mnist():
-    return main.load_mnist(main.DATA_DIR)
-
-
-def normalise(images):
-    return (images[:, None] / 255 - 0.1307) / 0.3081
+PRINTED = """\
+CNN(
+  (conv1): Conv2d(1, 24, kernel_size=(3, 3), stride=(1, 1))
+  (pool1): MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+  (conv2): Conv2d(24, 36, kernel_size=(3, 3), stride=(1, 1))
+  (pool2): MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+  (flatten): Flatten(start_dim=1, end_dim=-1)
+  (fc1): Linear(in_features=900, out_features=128, bias=True)
+  (relu): ReLU()
+  (fc2): Linear(in_features=128, out_features=10, bias=True)
+)"""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,43 @@ def split(images, labels, size):
 def model():
     torch.manual_seed(0)
     return main.CNN()
+
+
+def plain_cnn(model, x):
+    """The documented form: convolution, ReLU, max-pool; twice; two linear layers."""
+    x = F.max_pool2d(F.relu(F.conv2d(x, model.conv1.weight, model.conv1.bias)), 2)
+    x = F.max_pool2d(F.relu(F.conv2d(x, model.conv2.weight, model.conv2.bias)), 2)
+    return plain_fc(model, x)
+
+
+def plain_fc(model, x):
+    x = F.relu(F.linear(x.flatten(1), model.fc1.weight, model.fc1.bias))
+    return F.linear(x, model.fc2.weight, model.fc2.bias)
+
+
+def test_cnn_prints_as_documented():
+    assert str(main.CNN()) == PRINTED
+
+
+def check(model, plain, images, labels):
+    """Logits and all gradients are the same, up to float32 rounding."""
+    found = []
+    for function in (model, lambda x: plain(model, x)):
+        model.zero_grad()
+        logits = function(images)
+        F.cross_entropy(logits, labels).backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert all(gradient.abs().max() > 1e-4 for gradient in found[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cnn_is_the_documented_computation(model, digits, layout):
+    check(model.to(memory_format=layout), plain_cnn, *digits)
+
+
+def test_fully_connected_model_is_the_documented_computation(digits):
+    check(main.FullyConnectedModel(), plain_fc, *digits)
 
 
 def test_evaluate_weighs_every_image_the_same(model, digits):
@@ -104,9 +144,8 @@ def test_train_epoch_is_the_textbooks_loop(model, digits, kind):
 
     for _ in range(2):
         expected = train_plainly(other, batches, plain)
-        found = main.train_epoch(
-            model.eval(), batches, F.cross_entropy, optimizer, scheduler, on_step
-        )
+        more = F.cross_entropy, optimizer, scheduler, on_step
+        found = main.train_epoch(model.eval(), batches, *more)
         assert found == pytest.approx(expected, abs=1e-6)
         assert float(sum(losses[-4:])) / 301 == pytest.approx(found[0], abs=1e-6)
     assert len(losses) == 8
@@ -136,11 +175,9 @@ def get_pairs(epoch):
     return [(x.numpy().tobytes(), int(y)) for x, y in zip(images, labels)]
 
 
-def test_an_epoch_shows_each_image_once_with_its_label_in_an_order_of_its_own(
-    runs, mnist
-):
-    """What the CNN looks at of it: 26 rows and columns. The last batch has the rest."""
-    images = normalise(mnist[0][:400])[..., :26, :26]
+def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(runs, mnist):
+    """The whole image; the last batch has the rest."""
+    images = normalise(mnist[0][:400])
     expected = [(x.numpy().tobytes(), int(y)) for x, y in zip(images, mnist[1])]
     orders = [expected]
     assert len(runs[0][0]) == 2
@@ -168,9 +205,8 @@ def test_the_seed_decides_order_weights_and_result_to_the_bit(runs):
 def test_customised_training_is_the_textbooks(tmp_path, mnist, model, optimizer, lr):
     """A batch of all images leaves no order to choose: a plain loop tells the losses."""
     flags = ["--model", model, "--optimizer", optimizer, "--lr", lr, "--seed", 4]
-    run_dir = run_here(
-        tmp_path, *flags, "--epochs", 3, "--batch-size", 500, "--limit", 500
-    )
+    flags += ["--epochs", 3, "--batch-size", 500, "--limit", 500]
+    run_dir = run_here(tmp_path, *flags)
     torch.manual_seed(4)
     network = {"cnn": main.CNN, "fc": main.FullyConnectedModel}[model]()
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
