@@ -1287,7 +1287,10 @@ def read_page(image):
     image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a smaller size
     if image.mode[0] in "IF":  # 16 or 32 bits: from the darkest to the lightest level
         levels = np.array(ImageOps.exif_transpose(image), np.float32)
-        levels = np.where(np.isfinite(levels), levels, np.nanmedian(levels))
+        known = levels[np.isfinite(levels)]
+        levels = np.where(
+            np.isfinite(levels), levels, np.median(known) if known.size else 0
+        )
         low, high = np.quantile(levels, (0.001, 0.999))  # without hot pixels
         return np.float32(255 * (levels - low) / (high - low or 1)).clip(0, 255)
     if image.mode not in ("L", "RGB", "CMYK"):
@@ -1386,7 +1389,7 @@ def prepare_photo(grey):
     """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
     picture = Image.fromarray(np.asarray(grey, np.float32))
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
-    edge = max(grey.shape) // 64  # a margin that a crop or a scan has left there
+    edge = min(grey.shape) // 64  # a margin that a crop or a scan has left there
     inner = grey[edge : len(grey) - edge, edge : grey.shape[1] - edge]
     ink = find_ink(grey.clip(inner.min(), inner.max()))
     if ink is None:

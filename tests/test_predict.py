@@ -282,3 +282,18 @@ def test_a_white_margin_at_an_edge_gives_no_wrong_answer(model_file, columns):
     grey[:, -columns:] = 252
     digit, problem = prepare(grey)
     assert problem or classify(model_file, [digit]) == [7]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (10, 2000), (600, 3), (3, 3000)])
+def test_tiny_and_narrow_pictures_are_no_digit(shape):
+    assert prepare(np.full(shape, 200.0))[1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_levels_that_are_no_numbers(tmp_path, value):
+    path, levels = tmp_path / "float.tif", draw_seven((30, 220)).astype(np.float32)
+    levels[0, 0] = value
+    Image.fromarray(levels).save(path)
+    assert prepare(main.read_photo(path))[1] is None
+    Image.fromarray(np.full((50, 50), value, np.float32)).save(path)
+    assert "nothing stands out" in prepare(main.read_photo(path))[1]
