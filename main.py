@@ -38,20 +38,14 @@ import traceback
 import urllib.request
 import warnings
 import zipfile
-from contextlib import (
-    contextmanager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
-from importlib import metadata
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -61,13 +55,13 @@ from torchsummary import summary
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-# A shell command of a notebook has the notebook's backend, which may end this import.
-is_new = "matplotlib" not in sys.modules
-backend = os.environ.pop("MPLBACKEND", None) if is_new else None
+# !python in a notebook passes on the notebook's MPLBACKEND, with which this import may
+# fail. So it is taken away during the import.
+backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 import matplotlib.style
 from matplotlib.figure import Figure
 
-if backend:  # it stays as it was, where it is known
+if backend:
     os.environ["MPLBACKEND"] = backend
     with suppress(ValueError):
         matplotlib.rcParams["backend"] = backend
@@ -77,7 +71,7 @@ if backend:  # it stays as it was, where it is known
 
 # The experiment
 RECIPE = "classic"  # "classic": as below; "accurate": see ACCURATE
-MODEL = "cnn"  # a name in MODELS: "cnn", "fc", your own; or "both" of these two
+MODEL = "cnn"  # a name in MODELS: "cnn", "fc", your own; or "both": cnn and fc
 EPOCHS = 7  # passes over the training images
 BATCH_SIZE = 64  # images per step
 LR = 0.01  # learning rate
@@ -105,7 +99,7 @@ COMET_PROJECT = "mnist-cnn"
 class CNN(nn.Module):
     """Two convolutions and two linear layers: 124,670 parameters."""
 
-    channels_last = True  # how a CPU may store it: 1.5 times as fast
+    channels_last = True  # a CPU may store the weights so: 1.5 times as fast
 
     def __init__(self):
         super().__init__()
@@ -146,20 +140,6 @@ class FullyConnectedModel(nn.Module):
 
 # Add your own network here: then --model NAME trains it.
 MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
-
-
-def make_model(name, device="cpu"):
-    """Return a new network of MODELS, stored in the fastest way that it allows."""
-    model, images = MODELS[name]().to(device), torch.zeros(2, 1, 28, 28, device=device)
-    with torch.no_grad():
-        model.eval()(images)  # lazy layers take their sizes from it
-        if getattr(model, "channels_last", False) and images.device.type == "cpu":
-            try:
-                model.to(memory_format=torch.channels_last)(images)
-            except RuntimeError:  # view() needs the usual order
-                model.to(memory_format=torch.contiguous_format)
-    return model.train()
-
 
 # ===== Data ===========================
 
@@ -212,7 +192,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
     while the weights still change. on_step(loss) gets each batch's mean loss, a tensor.
     """
     model.train()
-    loss_sum = correct = count = 0
+    loss_sum, correct, count = 0, 0, 0
     for images, labels in batches:
         logits = model(images)  # forward: (N, 10)
         loss = loss_function(logits, labels)
@@ -251,29 +231,6 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
 
 # ===== The run ========================
 
-RULE = "=" * 70
-
-
-def select_device(name="auto"):
-    """Return a device that works; "auto": MPS, else CUDA, else the CPU."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        mps = torch.backends.mps.is_available() and not LAUNCHED
-        best = "mps" if mps else "cuda" if gpus >= LOCAL_SIZE else "cpu"
-        try:
-            return select_device(best)
-        except UserError as error:
-            warn(f"{error}; using the CPU")
-            return torch.device("cpu")
-    hint = f"try cpu (GPUs: {gpus}, processes: {LOCAL_SIZE})"
-    with explaining(f"--device {name}: {hint}", status=1 if gpus else 2):
-        device = torch.device(name)
-        if LAUNCHED and device.type == "cuda":  # each process has its own
-            device = torch.device("cuda", LOCAL_RANK)
-            torch.cuda.set_device(device)
-        torch.ones(1, device=device).sum().item()  # does it work?
-    return device
-
 
 def train_run(args, folder):
     """Train, test and keep one model: what `main` does with the settings."""
@@ -290,33 +247,35 @@ def train_run(args, folder):
     # --- 2. Model, loss, optimizer ---
     # Softmax is inside this loss: the model returns logits.
     loss_function = nn.CrossEntropyLoss(label_smoothing=SMOOTHING if accurate else 0)
+    # Another model is tried first: a bug is found before the run begins.
     check_model(make_model(args.model, device), loss_function, images[:2], labels[:2])
     torch.manual_seed(args.seed)
     model = make_model(args.model, device)
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(model.parameters(), args.lr)
     else:
-        momentum = MOMENTUM if accurate else {}
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, **momentum)
+        options = ACCURATE_SGD if accurate else {}
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, **options)
     # Loads the checkpoint of a resumed run into model and optimizer.
     recorder = Recorder(args, folder, device, epoch_steps, model, optimizer)
     done = recorder.epochs_done  # 0, unless resumed
-    # Learning rate: lr * schedule(step). (last_epoch counts epoch_steps.)
+    # Learning rate: lr * schedule(step). PyTorch's last_epoch counts steps here, since
+    # scheduler.step() follows each step; -1 means that there was none.
     cycle = functools.partial(one_cycle, args.epochs * epoch_steps)
     schedule = cycle if accurate else lambda step: 1.0
     scheduler = LambdaLR(optimizer, schedule, last_epoch=done * epoch_steps - 1)
-    # With torchrun: averaged gradients.
-    ddp_model = DistributedDataParallel(model) if LAUNCHED else model
+    ddp_model = DistributedDataParallel(model) if LAUNCHED else model  # torchrun
 
     with recorder:  # shows, tracks and saves what follows, however it ends
         # --- 3. Train ---
         recorder.begin()
-        print(RULE, f"TRAINING {title} MODEL", RULE, sep="\n")
+        print_title(f"TRAINING {title} MODEL")
         print(model)
         print_layers(make_model(args.model))
         for epoch in range(done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # No two epochs share a seed; a resumed run continues exactly.
+            # No two epochs share a seed (there are at most 10,000); a resumed run
+            # continues exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
             mine = slice(RANK, None, WORLD_SIZE)  # without torchrun: all
             order = torch.randperm(len(labels))[mine].to(device)
@@ -330,52 +289,93 @@ def train_run(args, folder):
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
             if RANK == 0:  # a test to watch: choose nothing by it
-                batches = make_batches(test_images, test_labels, batch_size=100)
-                test_loss, test_accuracy, _ = evaluate(model, batches)
+                test_batches = make_batches(test_images, test_labels, batch_size=100)
+                test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
         if RANK > 0:  # with torchrun, only rank 0 tests
             return
 
         # --- 4. Test ---
-        print(RULE, f"EVALUATING {title} MODEL", RULE, sep="\n")
-        batches = make_batches(test_images, test_labels, batch_size=100)
+        print_title(f"EVALUATING {title} MODEL")
+        # Once more, for the logits; the accurate recipe averages nine views.
         predictor = ShiftAverage(model) if accurate else model
-        loss, accuracy, logits = evaluate(predictor, batches)
-        print(f"Test Accuracy: {accuracy:.4f}\nTest Loss: {loss:.4f}\n")
+        test_batches = make_batches(test_images, test_labels, batch_size=100)
+        test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
+        print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
         digit, label = logits[0].argmax(), test_labels[0]
         print(f"Single Image Prediction: {digit}, Actual Label: {label}")
 
         # --- 5. Keep: model.pt, metrics.json, pictures, page ---
-        parts = test_images, logits.softmax(dim=1), test_labels
-        digits = Digits(*[part.cpu().numpy() for part in parts])
-        recorder.keep(loss, accuracy, digits)
+        digits = Digits(test_images, logits.softmax(dim=1), test_labels)
+        recorder.keep(test_loss, test_accuracy, digits)
         save_pictures(digits, folder)
     print(f"All runs: {folder.parent / 'index.html'}")
-    print(RULE, f"TRAINING COMPLETE - {recorder.location}", RULE, sep="\n")
+    print_title(f"TRAINING COMPLETE - {recorder.location}")
+
+
+def select_device(name="auto"):
+    """Return a device that works; "auto": MPS, else CUDA, else the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        best = "cuda" if gpus >= LOCAL_SIZE else "cpu"
+        if torch.backends.mps.is_available() and not LAUNCHED:
+            best = "mps"
+        try:
+            return select_device(best)
+        except UserError as error:
+            warn(f"{error}; using the CPU")
+            return torch.device("cpu")
+    with explaining(f"--device {name}: try cpu (GPUs {gpus}, processes {LOCAL_SIZE})"):
+        device = torch.device(name)
+        if LAUNCHED and device.type == "cuda":  # each process has its own
+            device = torch.device("cuda", LOCAL_RANK)
+            torch.cuda.set_device(device)
+        torch.ones(1, device=device).sum().item()  # does it work?
+    return device
+
+
+def print_title(title):
+    print("=" * 70, title, "=" * 70, sep="\n")
+
+
+def make_model(name, device="cpu"):
+    """Return a new network of MODELS, stored in the fastest way that it allows."""
+    model = MODELS[name]().to(device)
+    images = torch.zeros(2, 1, 28, 28, device=device)
+    with torch.no_grad():
+        model.eval()
+        model(images)  # lazy layers take their sizes from it
+        if getattr(model, "channels_last", False) and images.device.type == "cpu":
+            try:
+                model.to(memory_format=torch.channels_last)
+                model(images)  # does it still work?
+            except RuntimeError:  # view() needs the usual order
+                model.to(memory_format=torch.contiguous_format)
+    return model.train()
 
 
 def check_model(model, loss_function, images, labels):
-    """Compute loss and gradients once: a bug is found before the run begins."""
+    """Compute loss and gradients once; raise whatever is wrong."""
     logits = model(normalise(images))
-    found = f"a {type(logits).__name__}"
-    if isinstance(logits, torch.Tensor):
-        found = tuple(logits.shape)
-    if found != (len(images), 10):
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (len(images), 10):
         text = f"{type(model).__name__}.forward must return logits (N, 10) for N images"
+        found = shape or f"a {type(logits).__name__}"
         raise UserError(f"{text}; for {len(images)} images it returned {found}", 1)
     loss_function(logits, labels).backward()
 
 
 def print_layers(model):
     """Print torchsummary's table of layers, and what it leaves out."""
-    table, count = io.StringIO(), count_parameters(model)
+    table = io.StringIO()
     try:
         with redirect_stdout(table):
             summary(model, (1, 28, 28), device="cpu")
         print(table.getvalue(), end="")
     except Exception as error:  # noqa: BLE001, a layer may return more than a tensor
         print(f"No table of layers: torchsummary cannot read this network ({error})")
+    count = count_parameters(model)
     if f"Total params: {count:,}\n" not in table.getvalue():
         print(f"Parameters in all: {count:,}")
 
@@ -387,23 +387,25 @@ def count_parameters(model):
 # ===== The accurate recipe ============
 # Schedule, distortions, nine views in the test; chosen as in tests/README.md
 
-MOMENTUM = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
+ACCURATE_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
 SMOOTHING = 0.05  # of the labels: Szegedy et al. 2016, arXiv:1512.00567
-ANGLE, SCALE, SHIFT = 5, 0.1, 2  # at most: degrees, fraction of the size, pixels
+ANGLE = 5  # degrees: largest rotation and shear
+SCALE = 0.1  # fraction of the size: largest change
+SHIFT = 2  # pixels: largest shift
 RISING = 0.3  # of all steps: the learning rate rises
 STROKES = 1 / 3  # of all batches get thicker strokes, as many get thinner ones
 
 
 def get_recipe_numbers():
-    images = {"angle": ANGLE, "scale": SCALE, "shift": SHIFT, "strokes": STROKES}
-    return MOMENTUM | images | {"label_smoothing": SMOOTHING, "rising": RISING}
+    distortions = {"angle": ANGLE, "scale": SCALE, "shift": SHIFT, "strokes": STROKES}
+    return ACCURATE_SGD | distortions | {"label_smoothing": SMOOTHING, "rising": RISING}
 
 
 def one_cycle(total, step):
     """Return what the learning rate is multiplied by: Smith 2018, arXiv:1803.09820."""
     progress = (step + 0.5) / total  # in the middle of the step
     rise, fall = progress / RISING, (1 - progress) / (1 - RISING)
-    return max(0.0, min(rise, fall))
+    return max(0.0, min(rise, fall))  # LambdaLR asks once more after the last step
 
 
 def draw_distortions(count):
@@ -411,22 +413,24 @@ def draw_distortions(count):
     angle, shear, width, height, x, y = 2 * torch.rand(6, count) - 1  # from -1 to 1
     angle, shear = math.radians(ANGLE) * angle, math.radians(ANGLE) * shear
     width, height = 1 + SCALE * width, 1 + SCALE * height
-    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # half of the image is 1
+    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # for affine_grid 14 pixels are 1
     cos, sin = angle.cos(), angle.sin()
+    # Rotation, after shear, after scale; and the shift:
     top = torch.stack([width * cos, shear * cos - height * sin, x], dim=1)
     bottom = torch.stack([width * sin, shear * sin + height * cos, y], dim=1)
     return torch.stack([top, bottom], dim=1)
 
 
 def augment(batches, distortions):
-    """Yield the batches, distorted; a third thicker, a third thinner."""
+    """Yield the batches, distorted; some with thicker, some with thinner strokes."""
     start = 0
     for images, labels in batches:
         maps = distortions[start : start + len(images)].to(images.device)
         start += len(images)
         grid = F.affine_grid(maps, images.shape, align_corners=False)
-        # MPS has no border mode: zeros, where 0 is black.
+        # Outside of the image grid_sample reads 0, which is black after - BLACK.
         images = F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK
+        # Half the image, half the brightest or darkest of 3x3 pixels around:
         choice = torch.rand(1).item()
         if choice < STROKES:
             images = (images + F.max_pool2d(images, 3, stride=1, padding=1)) / 2
@@ -455,7 +459,7 @@ class ShiftAverage(nn.Module):
 
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
-RESUMED = "history", "losses", "snapshots", "comet_key"  # are in checkpoint.pt
+RESUMED = "history", "losses", "snapshots", "comet_key"  # attributes: in checkpoint.pt
 
 
 class LossHistory:
@@ -477,10 +481,10 @@ class LossHistory:
 
 def smooth(losses):
     """Return the losses of the steps, smoothed as all curves show them."""
-    history = LossHistory(smoothing_factor=0.95)  # about the last 20 steps
+    smoothed = LossHistory(smoothing_factor=0.95)  # about the last 20 steps
     for loss in losses:
-        history.append(loss)
-    return history
+        smoothed.append(loss)
+    return smoothed
 
 
 class PeriodicPlotter:
@@ -489,8 +493,10 @@ class PeriodicPlotter:
     def __init__(self, sec, xlabel="", ylabel="", scale=None, path="loss.png"):
         if scale not in (None, "semilogx", "semilogy", "loglog"):
             raise ValueError(f"unrecognized parameter scale {scale!r}")
-        self.sec, self.path, self.scale = sec, path, scale or "plot"
-        self.labels = {"xlabel": xlabel, "ylabel": ylabel}
+        self.sec = sec
+        self.path = path
+        self.scale = scale or "plot"
+        self.axis_labels = {"xlabel": xlabel, "ylabel": ylabel}
         self.last_time = time.monotonic()
 
     def plot(self, data):
@@ -505,7 +511,7 @@ class PeriodicPlotter:
         self.figure = Figure(figsize=(7, 4))
         axes = self.figure.add_axes((0.14, 0.13, 0.84, 0.84))
         getattr(axes, self.scale)(range(1, len(data) + 1), data, color=BLUE)
-        axes.set(**self.labels)
+        axes.set(**self.axis_labels)
         axes.grid(which="both", alpha=0.3)
         return self.figure
 
@@ -515,31 +521,43 @@ class Recorder:
 
     def __init__(self, args, folder, device, epoch_steps, model, optimizer):
         """If the folder has a checkpoint, continue from it."""
-        self.args, self.folder, self.epoch_steps = args, folder, epoch_steps
-        self.model, self.optimizer = model, optimizer
-        self.config = describe(args, device, model)
+        self.args = args
+        self.folder = folder
         self.device = device
+        self.epoch_steps = epoch_steps
+        self.model = model
+        self.optimizer = optimizer
+        self.config = describe(args, device, model)
         self.history = {name: [] for name in PER_EPOCH}
-        self.losses, self.snapshots, self.comet_key = [], [], None
+        self.losses = []
+        self.snapshots = []
+        self.comet_key = None
         if (folder / "checkpoint.pt").exists():
             self.load_checkpoint(folder / "checkpoint.pt")
         self.smoothed = smooth(self.losses)
         png = folder / "loss_curve.png"
         self.plotter = PeriodicPlotter(2, "iteration", "smoothed loss", "semilogy", png)
-        self.comet, self.results, self.page_data = Tracker(), {}, {}
-        self.new_losses, self.bars = [], [tqdm(disable=True)]
-        self.shown_time = self.page_time = 0
+        self.comet = Tracker()
+        self.results = {}
+        self.page_data = {}
+        self.new_losses = []
+        # Progress bars. All are kept: Python ignores a Ctrl-C while it deletes one.
+        self.bars = [tqdm(disable=True)]
+        self.shown_time = 0
+        self.page_time = 0
 
     def load_checkpoint(self, path):
         compare_configs(read_config(self.folder), self.config)
-        with explaining(f"{path} is damaged"):
+        with explaining(f"{path} is damaged; start a new run"):
             saved = torch.load(path, "cpu", weights_only=True)
             load_weights([self.model], saved["model"], path)
             self.optimizer.load_state_dict(saved["optimizer"])
             for name in RESUMED:
                 setattr(self, name, saved[name])
         if self.epochs_done > self.args.epochs:
-            raise UserError(f"--epochs: this run has done {self.epochs_done} already")
+            raise UserError(
+                f"--epochs: this run has done {self.epochs_done}; give more"
+            )
 
     @property
     def epochs_done(self):
@@ -549,12 +567,15 @@ class Recorder:
         return self
 
     def begin(self):
-        """Start Comet; tell and save what is known before the first step."""
-        self.comet, where = start_comet(self.args.comet, self.folder, self.comet_key)
+        """Start Comet; tell and save what is known before the first step.
+
+        Inside the `with` block, so that Comet is ended if this fails.
+        """
+        self.comet, target = start_comet(self.args.comet, self.folder, self.comet_key)
         settings = self.config["settings"]
         print("Settings:", ", ".join(f"{name} {settings[name]}" for name in settings))
         print(f"Device: {self.config['device']}\nFolder: {self.folder}")
-        print(f"Report: {self.folder / 'report.html'}\nComet: {where}")
+        print(f"Report: {self.folder / 'report.html'}\nComet: {target}")
         self.comet_key = self.comet.get_key() or self.comet_key
         self.comet.set_name(self.folder.name)
         self.comet.log_parameters(settings | self.config["recipe"])
@@ -570,12 +591,8 @@ class Recorder:
         self.save("training")
 
     def start_epoch(self):
-        bar = (
-            tqdm(total=self.epoch_steps, disable=True)
-            if RANK
-            else tqdm(total=self.epoch_steps)
-        )
-        self.bars.append(bar)  # kept: Python ignores a Ctrl-C while one is deleted
+        bar = tqdm(disable=True) if RANK > 0 else tqdm(total=self.epoch_steps)
+        self.bars.append(bar)
         self.start_time = time.perf_counter()
 
     def step(self, loss):
@@ -587,31 +604,31 @@ class Recorder:
     def show(self):
         losses = [loss.item() for loss in self.new_losses]
         self.new_losses.clear()
-        every = math.ceil(len(losses) / 2) if self.comet.url else 1  # 10 a second
+        # Comet takes 12,000 values a minute: at most two of each 0.2 s.
+        every = math.ceil(len(losses) / 2) if self.comet.url else 1
         for loss in losses:
             check_finite(loss, "loss")
             self.losses.append(loss)
             self.smoothed.append(loss)
             if len(self.losses) % every == 0:
                 self.comet.log_metric("loss", loss, step=len(self.losses))
-        smoothed = self.smoothed.get()
-        self.bars[-1].set_postfix(loss=f"{smoothed[-1]:.4f}", refresh=False)
+        curve = self.smoothed.get()
+        self.bars[-1].set_postfix(loss=f"{curve[-1]:.4f}", refresh=False)
         self.bars[-1].update(len(losses))
-        self.plotter.plot(smoothed)
+        self.plotter.plot(curve)
         self.shown_time = time.monotonic()
-        if self.shown_time - self.page_time >= 5:
+        if self.shown_time - self.page_time >= 5:  # seconds
             self.update_page("training")
 
     def end_epoch(self, loss, accuracy):
         self.show()
         self.bars[-1].close()
-        for weights in self.model.parameters():
-            check_finite(weights.detach().sum().item(), "weights")
         self.trained = loss, accuracy, time.perf_counter() - self.start_time
 
     def save_epoch(self, test_loss, test_accuracy):
-        epoch = dict(zip(PER_EPOCH, [*self.trained, test_loss, test_accuracy]))
-        history = {name: [*self.history[name], epoch[name]] for name in PER_EPOCH}
+        check_finite(test_loss, "test loss")
+        values = dict(zip(PER_EPOCH, [*self.trained, test_loss, test_accuracy]))
+        history = {name: [*self.history[name], values[name]] for name in PER_EPOCH}
         checkpoint = {name: getattr(self, name) for name in RESUMED}
         checkpoint |= {"history": history, "model": self.model.state_dict()}
         checkpoint["optimizer"] = self.optimizer.state_dict()
@@ -626,7 +643,7 @@ class Recorder:
         self.comet.log_metrics(values, step=epoch * self.epoch_steps, epoch=epoch)
 
     def save(self, state, message="", needed=True):
-        """Write metrics.json and the pages."""
+        """Write metrics.json and the pages, which show if that fails."""
         metrics = {"state": state, **self.history, **self.results}
         metrics["losses"] = self.losses[: self.epochs_done * self.epoch_steps]
         try:
@@ -639,7 +656,7 @@ class Recorder:
             write_overviews(self.folder)
 
     def update_page(self, state, message=""):
-        every = len(self.losses) // 10_000 + 1
+        every = len(self.losses) // 10_000 + 1  # more points cannot be seen
         curve = np.round(self.smoothed.get()[every - 1 :: every], 4).tolist()
         now = {"kind": "run", "state": state, "message": message, "curve": curve}
         now |= {"curve_every": every, "steps_done": len(self.losses)}
@@ -648,14 +665,13 @@ class Recorder:
         write_page(self.folder / "report.html", self.config | self.page_data | now)
         self.page_time = time.monotonic()
 
-    def keep(self, loss, accuracy, digits):
+    def keep(self, test_loss, test_accuracy, digits):
         """Save the trained weights and what the test has shown."""
-        check_finite(loss, "test loss")
         path = self.folder / "model.pt"
         weights = self.model.state_dict()
         save_tensors({name: weights[name].cpu().contiguous() for name in weights}, path)
         self.comet.log_model(self.args.model, str(path))
-        self.results = {"test_loss": loss, "test_accuracy": accuracy}
+        self.results = {"test_loss": test_loss, "test_accuracy": test_accuracy}
         self.results["calibration_error"] = digits.get_calibration_error()
         self.comet.log_metrics(self.results, step=len(self.losses))
         self.results["confusion_matrix"] = digits.count_confusions().tolist()
@@ -664,8 +680,9 @@ class Recorder:
         self.page_data["wrong"] = encode_digits(digits.get_mistakes()[:200])
 
     def __exit__(self, kind, error, trace):
+        # `kind`: the class of what ended the run early, or None
         state = {None: "finished", KeyboardInterrupt: "stopped"}.get(kind, "failed")
-        if state == "stopped":
+        if state == "stopped" and RANK == 0:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
         self.bars[-1].close()
         try:
@@ -692,34 +709,35 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"  # colour-blind safe
 
 
 class Digits:
-    """Images (N, 28, 28), probabilities (N, 10) and true labels (N,), as arrays."""
+    """Images (N, 28, 28), probabilities (N, 10) and true labels (N,)."""
 
     def __init__(self, images, probabilities, labels):
-        self.images, self.labels = images, labels
-        self.probabilities = probabilities
-        self.predictions = probabilities.argmax(axis=1)
-        self.confidence = probabilities.max(axis=1)
-        self.correct = self.predictions == labels
+        self.images, self.labels = images.cpu(), labels.cpu()
+        self.probabilities = probabilities.cpu()
+        self.confidence, self.predictions = self.probabilities.max(dim=1)
+        self.correct = self.predictions == self.labels
 
-    def __getitem__(self, chosen):
-        parts = self.images, self.probabilities, self.labels
-        return Digits(*[part[chosen] for part in parts])
+    def __getitem__(self, n):
+        return Digits(self.images[n], self.probabilities[n], self.labels[n])
 
     def get_mistakes(self):
         """Return the misclassified digits, the most confident first."""
-        order = np.argsort(-self.confidence, kind="stable")
+        order = self.confidence.argsort(descending=True, stable=True)
         return self[order[~self.correct[order]]]
 
     def count_confusions(self):
         """Return how often each label (row) was predicted as each digit: (10, 10)."""
         pairs = 10 * self.labels + self.predictions
-        return np.bincount(pairs, minlength=100).reshape(10, 10)
+        return pairs.bincount(minlength=100).reshape(10, 10).numpy()
 
     def get_calibration_error(self):
-        """Return the gap of confidence and accuracy: Guo et al. 2017, arXiv:1706.04599."""
-        bins = (15 * self.confidence).astype(int).clip(max=14)
-        gaps = np.bincount(bins, self.confidence - self.correct)  # sums
-        return abs(gaps).sum() / len(self.labels)
+        """Return the gap of confidence and accuracy: Guo et al. 2017, arXiv:1706.04599.
+
+        In 15 bins of confidence; 0: of answers that are 90 % sure, 90 % are correct.
+        """
+        bins = (15 * self.confidence).long().clamp(max=14)
+        gaps = bins.bincount(weights=self.confidence - self.correct.double())
+        return gaps.abs().sum().item() / len(self.labels)
 
 
 def save_pictures(digits, folder):
@@ -751,27 +769,28 @@ def draw_results(digits, bars=False):
         prediction = f"predicted {digits.predictions[n]} ({digits.confidence[n]:.1%})"
         titles.append(f"{sign} {prediction}\ntrue label {label}")
         colours.append(colour)
-    return draw_digits(digits.images, digits.probabilities, titles, colours, bars)
+    images, probabilities = digits.images.numpy(), digits.probabilities.numpy()
+    return draw_digits(images, probabilities, titles, colours, bars)
 
 
 def draw_digits(images, probabilities, titles, colours, bars):
     """Return a Figure of images and titles; with bars, of their probabilities, too."""
     columns = max(1, min(2 if bars else 4, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
-    width, parts = (6, 3) if bars else (2.1, 1)
+    width, panels = (6, 3) if bars else (2.1, 1)
     figure = Figure(figsize=(width * columns, 2.5 * rows))
     figure.subplots_adjust(left=0.02, right=0.98, wspace=0.5 * bars, hspace=0.5)
     figure.subplots_adjust(bottom=0.2 / rows, top=1 - 0.2 / rows)
     for n, image in enumerate(images):
-        axes = figure.add_subplot(rows, parts * columns, parts * n + 1)
+        axes = figure.add_subplot(rows, panels * columns, panels * n + 1)
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[], anchor="N")
         colour = colours[n]
         axes.spines[:].set(color=colour, linewidth=4 if colour == VERMILION else 1)
         axes.set_title(titles[n], color=colour, size=9, loc="left", parse_math=False)
         if bars:
-            position = parts * n + 2, parts * n + 3
-            axes = figure.add_subplot(rows, parts * columns, position)
+            position = panels * n + 2, panels * n + 3
+            axes = figure.add_subplot(rows, panels * columns, position)
             drawn = axes.bar(range(10), 100 * probabilities[n], color=GREY)
             drawn[probabilities[n].argmax()].set(color=colour)
             axes.bar_label(drawn, fmt="%.1f", fontsize=8)
@@ -807,14 +826,18 @@ COMET_DEFAULTS = {  # of Comet's variables; what the user has set wins
     "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "1",
     "COMET_HTTP_SESSION_RETRY_TOTAL": "0",
 }
-NO_KEY = "", "YOUR_API_KEY_HERE"
+NO_KEY = ("", "YOUR_API_KEY_HERE")
 
 
 class Tracker:
-    """Comet's experiment, or none. If a call fails, a line says so and the run goes on."""
+    """Comet's experiment, or none: log_metric and all other methods are passed on to it.
+
+    If a call fails, a line says so, and the run goes on.
+    """
 
     def __init__(self, experiment=None, directory=None):
-        self.experiment, self.directory = experiment, directory  # of the archive
+        self.experiment = experiment
+        self.directory = directory  # of the archive
         self.url = getattr(experiment, "url", None)  # None: offline, or no experiment
 
     def __getattr__(self, name):
@@ -826,26 +849,27 @@ class Tracker:
                     return getattr(self.experiment, name)(*arguments, **named)
                 except Exception as error:  # noqa: BLE001
                     problem = type(error).__name__
-            return warn(f"Comet: {name} failed ({problem}); the run goes on")
+            warn(f"Comet: {name} failed ({problem}); the run goes on")
+            return None
 
         return call
 
 
-def start_comet(mode, folder, key):
-    """Return a Tracker, for the experiment with this key if any, and where it goes."""
+def start_comet(mode, folder, experiment_key):
+    """Return a Tracker, for the experiment with this key or a new one; and its target."""
     if mode == "off" or RANK > 0:
         return Tracker(), "off"
     for name, value in COMET_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
-        return open_experiment(mode, folder, key)
+        return open_experiment(mode, folder, experiment_key)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001
         reason = f"fails: {type(error).__name__}"
         if isinstance(error, (ImportError, ValueError)):
             reason += f": {error}".partition("\n")[0]
-        else:  # which may show a line with the API key
+        else:  # its text may have the API key in it
             reason += " (is something wrong in ~/.comet.config?)"
         if isinstance(error, ModuleNotFoundError) and "comet_ml" in str(error):
             reason = "needs: pip install comet-ml"
@@ -854,41 +878,42 @@ def start_comet(mode, folder, key):
     return Tracker(), f"off (it {reason})"
 
 
-def open_experiment(mode, folder, key):
-    """Return a Tracker and where it goes; raise whatever Comet raises."""
+def open_experiment(mode, folder, experiment_key):
+    """Do what start_comet does; raise whatever Comet raises."""
     import comet_ml
 
-    is_public = COMET_API_KEY in NO_KEY  # else the code shows the key
+    hide = COMET_API_KEY not in NO_KEY  # the code and its git patch show the key
     api_key = comet_ml.get_config("comet.api_key") or COMET_API_KEY
     if mode == "online" and api_key in NO_KEY:
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
     directory = os.environ.get("COMET_OFFLINE_DIRECTORY", str(folder))
-    if not key and is_in_study(folder):  # COMET_EXPERIMENT_KEY would be that of all
-        key = os.urandom(16).hex()
+    if not experiment_key and is_in_study(folder):
+        # Else all runs of the study would have the same COMET_EXPERIMENT_KEY.
+        experiment_key = os.urandom(16).hex()
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
-        "experiment_key": key,
-        "mode": "get_or_create" if key else "create",
+        "experiment_key": experiment_key,
+        "mode": "get_or_create" if experiment_key else "create",
         "experiment_config": comet_ml.ExperimentConfig(
             offline_directory=directory,
-            log_code=is_public,
-            log_git_patch=is_public,
+            log_code=not hide,
+            log_git_patch=not hide,
             parse_args=False,
             auto_metric_logging=False,
             auto_param_logging=False,
             display_summary_level=0,
         ),
     }
-    where = "offline"
+    target = "offline"
     if mode != "offline" and api_key not in NO_KEY:
-        where = "offline (Comet does not answer, or rejects the API key)"
+        target = "offline (Comet does not answer, or rejects the API key)"
         with suppress(Exception):  # its text may have the key in it
             experiment = comet_ml.start(online=True, api_key=api_key, **options)
             if experiment.alive:
                 return Tracker(experiment, directory), experiment.url
         if mode == "online":
             raise UserError("--comet online: no answer, or the API key is wrong", 1)
-    return Tracker(comet_ml.start(online=False, **options), directory), where
+    return Tracker(comet_ml.start(online=False, **options), directory), target
 
 
 def end_comet(comet, folder):
@@ -898,14 +923,14 @@ def end_comet(comet, folder):
     location = f"results in {folder}"
     if comet.experiment is None:
         return location
-    archives = sorted(Path(comet.directory).glob(f"{key}*.zip"), key=os.path.getmtime)
-    complete = [archive for archive in archives[-1:] if has_metrics(archive)]
-    upload = ["comet", "upload", *map(str, complete)]
+    archives = Path(comet.directory).glob(f"{key}*.zip")
+    archive = max(archives, key=os.path.getmtime, default="")
+    if not has_metrics(archive):
+        return f"{location}; {comet.url or 'Comet has nothing of it'}"
     if comet.url is None:
-        return f"{location}; {quote(upload) if complete else 'Comet has nothing of it'}"
-    upload.insert(2, "--force-reupload")
-    retry = f"; if it is incomplete: {quote(upload)}" if complete else ""
-    return f"{comet.url}; {location}{retry}"
+        return f"{location}; {quote(['comet', 'upload', str(archive)])}"
+    retry = quote(["comet", "upload", "--force-reupload", str(archive)])
+    return f"{comet.url}; {location}; if it is incomplete: {retry}"
 
 
 def has_metrics(archive):
@@ -933,26 +958,20 @@ class RunError(UserError):
 
 
 @contextmanager
-def explaining(what, status=2):
+def explaining(what):
     """Turn any error into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001
-        raise UserError(f"{what}: {error!r:.300}", status) from None
+        raise UserError(f"{what}: {error!r:.300}") from None
 
 
 @functools.cache  # each text once
 def warn(text):
     with suppress(OSError):
         print(f"main.py: {text}", file=sys.stderr)
-
-
-def get_version(package):
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return "unknown"
 
 
 def quote(words):
@@ -964,7 +983,7 @@ def describe(args, device, model):
     """Return what decides a run's result, and what else one wants to know of it."""
     settings = {name: getattr(args, name) for name in FLAGS}
     decisive = {name: settings[name] for name in FLAGS if name not in PLACES}
-    packages = "torch", "torchvision", "numpy", "scipy", "matplotlib"
+    packages = torch, torchvision, np, scipy, matplotlib
     return {
         "settings": settings,
         "recipe": get_recipe_numbers() if args.recipe == "accurate" else {},
@@ -974,14 +993,14 @@ def describe(args, device, model):
         "command": quote(["python", "main.py", *as_flags(decisive)]),
         "device": str(device),
         "platform": f"{platform.platform()}, Python {platform.python_version()}",
-        "versions": {name: get_version(name) for name in packages},
+        "versions": {package.__name__: package.__version__ for package in packages},
         "data_md5": dict(MNIST.resources),
     }
 
 
 def read_config(folder):
     """Return what config.json says of a run or a study."""
-    with explaining(f"{folder} is not a run folder (config.json)"):
+    with explaining(f"{folder} is not a run folder, such as runs/NAME (config.json)"):
         config = json.loads(Path(folder, "config.json").read_bytes())
         config["settings"] = {name: config["settings"][name] for name in FLAGS}
     return config
@@ -989,14 +1008,14 @@ def read_config(folder):
 
 def compare_configs(before, now):
     """Raise UserError if a run began with another network or other numbers."""
-    lines = []  # of both; without the class's name
+    lines = []  # the old ones and the new ones, without the class's name
     for config in before, now:
         numbers = [f"{name} {value}" for name, value in config["recipe"].items()]
         lines.append(numbers + config["network"].split("\n")[1:])
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
             text = f"the run has {old.strip()}, main.py has {new.strip()}"
-            raise UserError(f"--resume: {text}")
+            raise UserError(f"--resume: {text}; undo that, or start a new run")
 
 
 def load_weights(models, weights, path):
@@ -1008,7 +1027,7 @@ def load_weights(models, weights, path):
             return model
         except Exception as error:  # noqa: BLE001
             problems.append(str(error).partition("\n")[2])  # which names and sizes
-    text = f"the layers in main.py are not those of {path}"
+    text = f"the layers in main.py are not those of {path}: put the old ones back"
     raise UserError(f"{text}: {min(problems, key=len):.300}")
 
 
@@ -1022,15 +1041,14 @@ def load_predictor(path):
         path = found[-1]
     with explaining(f"{path} is damaged, or not saved by this script"):
         weights = torch.load(path, "cpu", weights_only=True)  # runs no code in it
-        weights = weights.get("model", weights)
-    settings, names = {}, list(MODELS)
+        weights = weights.get("model", weights)  # of a checkpoint.pt
+    settings = {}
+    names = list(MODELS)
     if (path.parent / "config.json").exists():
         settings = read_config(path.parent)["settings"]
         names = [settings["model"]]
     if names[0] not in MODELS:
-        raise UserError(
-            f"{path} is of a network {names[0]}: add it to MODELS in main.py"
-        )
+        raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
     model = load_weights([make_model(name) for name in names], weights, path)
     is_accurate = settings.get("recipe") == "accurate"
     return (ShiftAverage(model) if is_accurate else model).eval(), path
@@ -1039,14 +1057,15 @@ def load_predictor(path):
 def make_run_folder(output_dir, name):
     """Make and return a new folder, named by time and `name`."""
     if RANK > 0:
-        return Path(os.devnull)
+        return Path(os.devnull)  # only the first process writes
     folder = Path(output_dir, time.strftime("%Y%m%d-%H%M%S-") + name)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         if folder.exists():  # another run has started in this second
             return make_run_folder(output_dir, name + "-2")
-        raise UserError(f"--output-dir: {folder}: {error.strerror}") from None
+        text = f"cannot make {folder}: {error.strerror}; choose another --output-dir"
+        raise UserError(text) from None
     return folder
 
 
@@ -1080,26 +1099,34 @@ def save_tensors(values, path):
 
 def read_archive(path, md5):
     """Return the bytes of a file of MNIST, downloaded if missing."""
-    missing = not path.exists()
     hint = f"put the file there (MD5 sum {md5}, see data/README.md)"
     with explaining(f"cannot read {path}: {hint}"):
-        content = download(path.name) if missing else path.read_bytes()
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        content = path.read_bytes() if path.exists() else download(path, md5)
+    if get_md5(content) != md5:
         reason = f"damaged, or not MNIST's (MD5 sum is not {md5})"
         raise UserError(f"{path} is {reason}: move it away, or change --data-dir")
-    if missing:
-        with suppress(OSError, RunError):  # the folder may be read-only
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, content)
     return content
 
 
-def download(name):
-    print(f"Downloading {name}")
+def download(path, md5):
+    """Return a file of MNIST from the first mirror that has it; keep it at `path`."""
+    print(f"Downloading {path.name}")
+    content = b""
     for mirror in MNIST.mirrors:
         with suppress(Exception):
-            return urllib.request.urlopen(mirror + name, timeout=20).read()
-    raise OSError("no mirror answers")
+            content = urllib.request.urlopen(mirror + path.name, timeout=20).read()
+        if get_md5(content) == md5:
+            break
+    else:
+        raise OSError("no mirror answers with this file")
+    with suppress(OSError, RunError):  # the folder may be read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content)
+    return content
+
+
+def get_md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 # ===== Several processes ==============
@@ -1114,9 +1141,13 @@ LOCAL_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
 
 @contextmanager
 def join_processes(args):
-    """Join the processes that torchrun has started."""
+    """Join the processes that torchrun has started, if it has."""
+    if not LAUNCHED:
+        yield
+        return
     if args.batch_size % WORLD_SIZE or (args.limit or 60_000) % WORLD_SIZE:
-        raise UserError(f"--batch-size and --limit must be divisible by {WORLD_SIZE}")
+        text = "--batch-size and the number of images (60,000, or --limit)"
+        raise UserError(f"{text} must be divisible by {WORLD_SIZE}")
     device = select_device(args.device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with redirect_stdout(sys.stdout if RANK == 0 else None):
@@ -1151,8 +1182,11 @@ def train_all(args, folder):
     names = [f"{model}-seed-{seed}" for seed, model in pairs]
     before = read_runs(folder)
     for name, (seed, model) in zip(names, pairs):
-        done = before.get(name, {"state": "new"})
-        if done["state"] == "finished" and len(done["train_loss"]) >= args.epochs:
+        previous = before.get(name, {"state": "new"})
+        if (
+            previous["state"] == "finished"
+            and len(previous["train_loss"]) == args.epochs
+        ):
             continue
         print(f"Run {names.index(name) + 1} of {len(names)}: {model}, seed {seed}")
         if RANK == 0:
@@ -1160,7 +1194,8 @@ def train_all(args, folder):
         settings = vars(args) | {"model": model, "seed": seed, "seeds": 1}
         train_run(argparse.Namespace(**settings), folder / name)
     if RANK == 0:
-        rows = [make_row(read_runs(folder)[name]) for name in names]
+        runs = read_runs(folder)
+        rows = [make_row(runs[name]) for name in names]
         print_table(rows)
         save_json({"runs": rows}, folder / "metrics.json")
         print(f"Results of all runs: {folder / 'index.html'}")
@@ -1193,7 +1228,7 @@ def print_table(rows):
 
 
 def is_in_study(folder):
-    return (folder.parent / "config.json").exists()
+    return "-seed-" in folder.name
 
 
 @functools.cache  # by time: a file that has changed is read again
@@ -1201,11 +1236,11 @@ def read_run(folder, time_changed):
     """Return what the overview shows of a run."""
     config = read_config(folder)
     run = json.loads((folder / "metrics.json").read_bytes())
-    smoothed = smooth(run.pop("losses")).get()
-    every = len(smoothed) // 200 + 1  # more points cannot be seen
-    run["curve"] = np.round(smoothed[every - 1 :: every], 4).tolist()
-    shown = "settings", "recipe", "title", "parameters", "device"
-    run |= {name: config[name] for name in shown} | {"curve_every": every}
+    curve = smooth(run.pop("losses")).get()
+    every = len(curve) // 200 + 1  # more points cannot be seen
+    run["curve"] = np.round(curve[every - 1 :: every], 4).tolist()
+    names = "settings", "recipe", "title", "parameters", "device"
+    run |= {name: config[name] for name in names} | {"curve_every": every}
     return run | {"changed": time_changed / 1e9}  # in seconds
 
 
@@ -1223,28 +1258,29 @@ def read_runs(folder):
 
 def write_overviews(folder):
     """Write index.html beside a run; and beside its study, if it is in one."""
-    places = [folder.parent]
-    if is_in_study(folder):
-        places.append(folder.parent.parent)
-    for place in places if RANK == 0 else []:
-        runs = sorted(read_runs(place).values(), key=lambda run: run["name"])
-        page = {"kind": "runs", "runs": runs[::-1], "name": place.name}
-        page["is_study"] = place != places[-1]
-        page["defaults"] = {name: FLAGS[name][0] for name in FLAGS}
+    if RANK > 0:
+        return
+    output_dir = folder.parent.parent if is_in_study(folder) else folder.parent
+    for parent in {folder.parent, output_dir}:
+        runs = sorted(read_runs(parent).values(), key=lambda run: run["name"])
+        values = {"kind": "runs", "runs": runs[::-1], "name": parent.name}
+        values["is_study"] = parent != output_dir
+        values["defaults"] = {name: FLAGS[name][0] for name in FLAGS}
         if runs:
-            write_page(place / "index.html", page)
-        elif is_page(place / "index.html"):
-            (place / "index.html").unlink()
+            write_page(parent / "index.html", values)
+        elif is_page(parent / "index.html"):
+            (parent / "index.html").unlink()
 
 
 # ===== Your own digits ================
-# --predict: photographs and drawings become images like MNIST's.
-
+# --predict: photographs and drawings become images like MNIST's. The numbers below were
+# chosen on pictures by other people: tests/README.md.
 
 PICTURES = ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg"
 PICTURES += ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"
 SIDE = 280  # pixels of the longer side in which a digit is looked for
-BRIGHTNESS = 0.299, 0.587, 0.114  # of red, green and blue
+BRIGHTNESS = 0.299, 0.587, 0.114  # of red, green and blue: ITU-R BT.601
+LEAD = 0.2  # by which an answer's probability exceeds the second, at least
 
 
 def find_images(names):
@@ -1253,15 +1289,15 @@ def find_images(names):
     for name in names:
         if os.path.isdir(name):
             name = os.path.join(glob.escape(name), "*")
-        found = sorted(glob.glob(name))
+        found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
         files += [file for file in found if file.lower().endswith(PICTURES)] or [name]
     return files
 
 
 def read_photo(path):
-    """Return a picture as grey levels: float32 (H, W), 0 to 255.
+    """Return a picture as grey levels (H, W), 0 to 255.
 
-    Of an animation or a document, the page with most contrast.
+    Of an animation or several pages, the one with most contrast. Raises UserError.
     """
     with suppress(ImportError):  # for pictures of iPhones
         from pillow_heif import register_heif_opener
@@ -1269,10 +1305,11 @@ def read_photo(path):
         register_heif_opener()
     try:
         with warnings.catch_warnings(record=True), Image.open(path) as image:
-            one = image.format == "MPO"  # a photograph, and data about it
-            frames = [image] if one else ImageSequence.Iterator(image)
-            pages = [read_page(frame) for frame in itertools.islice(frames, 50)]
-        return max(pages, key=np.std)
+            frames = ImageSequence.Iterator(image)
+            if image.format == "MPO":  # other frames are depths, for instance
+                frames = [image]
+            frames = itertools.islice(frames, 50)  # not all of a long animation
+            return max([read_frame(frame) for frame in frames], key=np.std)
     except UnidentifiedImageError:
         reason = "not an image (try JPEG; for HEIC: pip install pillow-heif)"
     except Image.DecompressionBombError:
@@ -1282,103 +1319,106 @@ def read_photo(path):
     raise UserError(f"cannot read {path}: {reason}")
 
 
-def read_page(image):
+def read_frame(image):
     """Return the grey levels of an open image, reduced if it is large."""
     image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a smaller size
-    if image.mode[0] in "IF":  # 16 or 32 bits: from the darkest to the lightest level
+    if image.mode[0] in "IF":  # 16 or 32 bits: scale from the darkest to the lightest
         levels = np.array(ImageOps.exif_transpose(image), np.float32)
-        known = levels[np.isfinite(levels)]
-        levels = np.where(
-            np.isfinite(levels), levels, np.median(known) if known.size else 0
-        )
+        known = np.isfinite(levels)
+        levels[~known] = np.median(levels[known])
         low, high = np.quantile(levels, (0.001, 0.999))  # without hot pixels
-        return np.float32(255 * (levels - low) / (high - low or 1)).clip(0, 255)
+        return np.nan_to_num(255 * (levels - low) / (high - low or 1)).clip(0, 255)
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGBA")
-    image = image.reduce(max(1, max(image.size) // (3 * SIDE)))
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    levels = np.array(image, np.float32)
+    image = image.reduce(max(1, max(image.size) // (3 * SIDE)))  # saves memory
+    levels = np.array(ImageOps.exif_transpose(image).convert("RGBA"), np.float32)
     colours, opacity = levels[..., :3], levels[..., 3:] / 255
     behind = (colours * opacity).mean() / max(opacity.mean(), 0.001)
-    if opacity.mean() < 0.5:  # ink alone: on what it stands out from
+    if opacity.mean() < 0.5:  # ink alone: on white or black, whichever is farther
         behind = 255 if behind < 128 else 0
     colours = behind + opacity * (colours - behind)
-    # Ink as bright as its paper: the mixture of colours that varies most.
-    detail = (colours - colours.mean(axis=(0, 1))).reshape(-1, 3)
-    mixture = np.linalg.eigh(detail.T @ detail)[1][:, -1]
-    mixture /= abs(mixture).sum()
-    if np.std(detail @ mixture) < 3 * np.std(detail @ BRIGHTNESS):
-        mixture = np.array(BRIGHTNESS)
-    grey = colours @ mixture
-    return np.float32(grey - min(0, grey.min()))
+    # Ink as bright as its paper still differs in red, green or blue, and much more.
+    grey, channels = colours @ BRIGHTNESS, np.moveaxis(colours, 2, 0)
+    strongest = max(channels, key=np.std)
+    return strongest if np.std(strongest) > 3 * np.std(grey) else grey
 
 
 def find_ink(grey):
     """Return the ink: 0 on paper, 1 in a full stroke; or None."""
-    factor = math.ceil(max(grey.shape) / 48)
-    small = np.array(Image.fromarray(grey).reduce(factor))
+    reduction = math.ceil(max(grey.shape) / 48)  # less detail: paper has none
+    small = np.array(Image.fromarray(grey).reduce(reduction))
     size = max(small.shape)
-    blurred = scipy.ndimage.gaussian_filter(small, size / 10, mode="mirror")
-    if ((blurred - small) ** 3).sum() < 0:  # light ink on dark paper
+    # Strokes are the few pixels that differ much from what is around them: the cube
+    # keeps the sign and weights large differences most.
+    around = scipy.ndimage.gaussian_filter(small, size / 10, mode="mirror")
+    if ((around - small) ** 3).sum() < 0:  # light ink on dark paper
         grey, small = -grey, -small
-    # The light levels around, then the dark ones: no strokes are left.
+    # In a window wider than strokes, the light levels are the paper's.
     paper, window = small, size // 2 + 1
-    for part in 75, 25:
-        paper = scipy.ndimage.percentile_filter(paper, part, window, mode="nearest")
+    for percent in 75, 25:  # up over the strokes, and down again
+        paper = scipy.ndimage.percentile_filter(paper, percent, window, mode="nearest")
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
-    paper = np.kron(paper, np.ones((factor, factor)))
+    paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    noise = 6 * np.quantile(abs(ink), 0.25)  # two standard deviations
+    # A quarter of normal noise is below 0.32 standard deviations: this is about two.
+    noise = 6 * np.quantile(abs(ink), 0.25)
     stroke = np.median(ink[ink >= ink.max() / 2])
-    if stroke < max(10, 2 * noise, np.ptp(paper) / 4):
+    # Of 255 levels. Where the paper's own levels differ much, it may be a shadow.
+    faintest = max(10, 2 * noise, np.ptp(paper) / 4)
+    if stroke < faintest:
         return None
-    noise = min(noise, stroke / 4)
+    noise = min(noise, stroke / 4)  # texture may look like noise
     return np.float32((ink - noise) / (stroke - noise))
 
 
 def number_parts(mask, gap):
     """Number the parts of a mask from 1; return their sizes, too."""
     near = scipy.ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
-    number = scipy.ndimage.label(near)[0] * mask
-    boxes = scipy.ndimage.find_objects(number)
+    numbers = scipy.ndimage.label(near)[0] * mask
+    boxes = scipy.ndimage.find_objects(numbers)
     sizes = [(y.stop - y.start, x.stop - x.start) for y, x in boxes]
-    return number, np.array([(0, 0), *sizes])  # 0 is the paper
+    return numbers, np.array([(0, 0), *sizes])  # 0 is the paper
 
 
-def look_inside(mask, frame):
-    """Return what the longest part of mask and frame goes round, if any."""
-    number, sizes = number_parts(mask | frame, gap=0)
+def look_inside(mask, border=False):
+    """Return the parts in the longest part of mask and border, if it is a frame."""
+    numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
-    frame = number == sides.argmax()
-    holes = scipy.ndimage.binary_fill_holes(frame) & ~frame
-    inside = sides[number * holes]
-    return inside > 0 if inside.max() > 0.08 * max(sides) else mask
+    longest = numbers == sides.argmax()
+    holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
+    inside = sides[numbers * holes]
+    is_frame = inside.max() > 0.08 * max(sides)  # the loop of a digit has only specks
+    return inside > 0 if is_frame else mask
 
 
 def cut_out(ink):
-    """Return the ink of the digit; and whether there are several."""
-    mask = ink > 0.5  # printed lines are paler
-    border = np.ones_like(mask)
+    """Return the ink of the digit; and whether there is not clearly one."""
+    dark = ink > 0.5  # and not printed lines, which are paler than strokes
+    border = np.ones_like(dark)
     border[1:-1, 1:-1] = False
-    mask = look_inside(mask, border)  # without what touches it
-    mask = look_inside(mask, False)  # without a frame
-    number, sizes = number_parts(mask, 1 + max(mask.shape) // 100)
-    counts = np.bincount(number[mask])
-    digit = counts.argmax()
-    large = counts > 0.06 * counts[digit]  # not a speck
+    inside = look_inside(dark, border)  # without what touches the border
+    inside = look_inside(inside)  # without a frame around the digit
+    numbers, sizes = number_parts(inside, gap=1 + max(dark.shape) // 100)
+    counts = np.bincount(numbers[inside])  # pixels of each part
+    largest = counts.argmax()
+    large = counts > 0.06 * counts[largest]  # others are specks
     heights = sizes[:, 0] * large
-    tall = heights > heights[digit] / 2  # not the bar of a 5
-    mask = large[number]
-    height, width = np.ptp(np.nonzero(mask), axis=1)
-    several = sum(tall) > 1 or width > 2 * height or counts[digit] < sum(counts) / 2
-    mask = scipy.ndimage.maximum_filter(mask, 5)  # with the faint edge
-    return ink.clip(0, 1) * mask, several
+    tall = heights > heights[largest] / 2  # others are like the bar of a 5
+    digit = large[numbers]
+    height, width = np.ptp(np.nonzero(digit), axis=1)
+    unclear = sum(tall) > 1
+    unclear |= width > 2 * height  # digits that touch
+    unclear |= counts[largest] < sum(counts) / 2  # many parts: a text, a pattern
+    digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
+    return ink.clip(0, 1) * digit, unclear
 
 
 def centre_digit(ink):
     """Return the ink in 20x20 pixels, its mass centred in 28x28."""
-    scale = (np.ptp(np.nonzero(ink > 0.2), axis=1).max() + 1) / 20
+    sides = np.ptp(np.nonzero(ink > 0.2), axis=1) + 1  # without the faint edge
+    scale = sides.max() / 20  # pixels of the picture for one of MNIST's
     ink = np.pad(ink, math.ceil(15 * scale))
+    # The mass goes to the middle of pixel (14, 14), as in MNIST.
     y, x = np.array(scipy.ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
     box = x, y, x + 28 * scale, y + 28 * scale
     digit = Image.fromarray(ink).resize((28, 28), Image.BILINEAR, box)
@@ -1389,14 +1429,14 @@ def prepare_photo(grey):
     """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
     picture = Image.fromarray(np.asarray(grey, np.float32))
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
-    edge = min(grey.shape) // 64  # a margin that a crop or a scan has left there
+    edge = min(grey.shape) // 64  # crops and scans leave a margin of a few pixels
     inner = grey[edge : len(grey) - edge, edge : grey.shape[1] - edge]
     ink = find_ink(grey.clip(inner.min(), inner.max()))
     if ink is None:
         return np.zeros((28, 28), np.uint8), "nothing stands out: use more contrast"
-    ink, several = cut_out(ink)
-    problem = "several digits, or none: crop to one digit"
-    return centre_digit(ink), problem if several else None
+    ink, unclear = cut_out(ink)
+    problem = "several digits, or none: crop to one digit" if unclear else None
+    return centre_digit(ink), problem
 
 
 @torch.no_grad()
@@ -1404,7 +1444,8 @@ def predict_files(args):
     """Classify the files of --predict; return the exit status."""
     model, path = load_predictor(args.checkpoint or args.output_dir)
     print(f"Model: {path}")
-    status, shown = 0, []
+    status = 0
+    answers = []
     for name in find_images(args.predict):
         try:
             image, problem = prepare_photo(read_photo(name))
@@ -1415,15 +1456,16 @@ def predict_files(args):
         row = model(normalise(torch.tensor(image[None]))).softmax(dim=1)[0]
         best, second = row.argsort(descending=True)[:2].tolist()
         answer = f"{best} ({row[best]:.1%}), then {second} ({row[second]:.1%})"
-        if row[best] - row[second] < 0.2 and not problem:
+        if row[best] - row[second] < LEAD and not problem:
             problem = f"not clear; closest: {answer}"
         answer = f"no answer: {problem}" if problem else answer
         print(f"{name}: {answer}")
-        title = f"{name[-60:]}\n{answer}".encode("latin-1", "replace").decode("latin-1")
-        shown.append((image, row.numpy(), title, GREY if problem else BLUE))
-    if shown:
+        title = f"{name[-60:]}\n{answer}"  # the font has few other letters than Latin
+        title = title.encode("latin-1", "replace").decode("latin-1")
+        answers.append((image, row.numpy(), title, GREY if problem else BLUE))
+    if answers:
         picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
-        save_picture(picture, draw_digits, *zip(*shown[:100]), bars=True)
+        save_picture(picture, draw_digits, *zip(*answers[:100]), bars=True)
         print(f"Picture: {picture}")
     return status
 
@@ -1459,20 +1501,22 @@ def encode_weights(weights, precision=torch.float32):
 class OperationRecorder(TorchFunctionMode):
     """Writes down the calls of torch functions, for the page to repeat them.
 
-    A tensor is written as {"weight": name}, as {"tensor": number} (0 is the image, each
-    result has the next number), or as {"constant": name}.
+    relu(x) becomes {"op": "relu", "args": [{"tensor": 0}], "kwargs": {},
+    "result": {"tensor": 1}}. A tensor is {"tensor": number} (0 is the image, each
+    result has the next number), {"weight": name} or {"constant": name}.
     """
 
     def __init__(self, model, image):
         super().__init__()
-        self.operations, self.constants = [], {}
+        self.operations = []
+        self.constants = {}
         self.tensors = [image]  # kept, so that no other one gets its id
         weights = model.state_dict(keep_vars=True)
         self.references = {id(weights[name]): {"weight": name} for name in weights}
         self.references[id(image)] = {"tensor": 0}
 
-    def describe(self, value):
-        """Return a value that JSON has no form for."""
+    def as_reference(self, value):
+        """Return what stands for a value in JSON. (json.dumps calls it.)"""
         if isinstance(value, slice):
             return {"slice": [value.start, value.stop, value.step]}
         if not isinstance(value, torch.Tensor):
@@ -1485,18 +1529,19 @@ class OperationRecorder(TorchFunctionMode):
         return self.references[id(value)]
 
     def as_json(self, value):
-        text = json.dumps(value, default=self.describe)
+        text = json.dumps(value, default=self.as_reference)
         return json.loads(text, parse_constant=str)  # "-Infinity"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.has_tensors = False
+        # PyTorch calls this instead of each torch function, inside of `with`.
+        self.has_tensors = False  # until as_reference sees one
         call = {"args": self.as_json(args), "kwargs": self.as_json(kwargs or {})}
         call["op"] = function.__name__
         if call["op"] == "__get__":  # of a property: x.T
             call["op"] = function.__self__.__name__
         result = function(*args, **kwargs or {})
-        parts = result if isinstance(result, (tuple, list)) else [result]
-        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        results = result if isinstance(result, (tuple, list)) else [result]
+        tensors = [value for value in results if isinstance(value, torch.Tensor)]
         if self.has_tensors and (tensors or call["op"] == "__setitem__"):
             for tensor in tensors:
                 self.references[id(tensor)] = {"tensor": len(self.tensors)}
@@ -1508,67 +1553,60 @@ class OperationRecorder(TorchFunctionMode):
 @torch.no_grad()
 def record_operations(model, image):
     """Return what model(image) computes, in evaluation mode, call by call."""
-    was_training = model.training
-    with OperationRecorder(model.eval(), image) as recorder:
+    with OperationRecorder(model.eval(), image) as calls:
         logits = model(image)
-    model.train(was_training)
     return {
-        "operations": recorder.operations,
-        "output": recorder.describe(logits),
-        "shapes": [list(tensor.shape) for tensor in recorder.tensors],
-        "constants": encode_weights(recorder.constants),
+        "operations": calls.operations,
+        "output": calls.as_reference(logits),
+        "shapes": [list(tensor.shape) for tensor in calls.tensors],
+        "constants": encode_weights(calls.constants),
     }
 
 
 def describe_program(model, device):
     """Return what the page needs to compute what a model computes, or why not."""
-    image = torch.zeros(1, 1, 28, 28, device=device)
     try:
+        image = torch.zeros(1, 1, 28, 28, device=device)
         return {"program": record_operations(model, image)}
     except Exception as error:  # noqa: BLE001, the run goes on
-        return {
-            "program": None,
-            "problem": f"recording its operations failed ({error!r:.200})",
-        }
+        return {"problem": f"recording its operations failed ({error!r:.200})"}
 
 
 def take_snapshot(recorder):
-    """Return the weights for the page, now and earlier, and logits to check them by."""
-    args, model, epoch = recorder.args, recorder.model, recorder.epochs_done
-    text = json.dumps(recorder.program)
-    weights = model.state_dict()
+    """Return the weights for the page, now and older, and logits to check them by."""
+    args = recorder.args
+    epoch = recorder.epochs_done
+    program = recorder.program
+    text = json.dumps(program)
+    weights = recorder.model.state_dict()
+    # Those that the page uses:
     weights = {n: weights[n] for n in weights if f'{{"weight": "{n}"}}' in text}
-    # In float16, as base64, a set of weights has this size. In float32 it has two.
+    # How many sets of weights fit: of 2 bytes a number (float16), 8 / 3 as base64. A
+    # set in float32 counts as two; beside it there is room for earlier ones.
     size = 1 + 8 / 3 * sum(tensor.numel() for tensor in weights.values())
     room = math.floor((ROOM - len(text)) / size)
-    program = recorder.program
     if room < 1:
-        program, weights = (
-            {"program": None, "problem": "it is too large for a page"},
-            {},
-        )
-    every = math.ceil(args.epochs / max(1, min(8, room - 2)))  # or they have no room
-    earlier = [
-        one for one in recorder.snapshots if one["epoch"] in range(0, epoch, every)
-    ]
-    precision = torch.float16 if room == 1 else torch.float32
-    if precision == torch.float16:  # the check is of the weights that the page gets
-        model = copy.deepcopy(model).half().float()
+        program, weights = {"problem": "it is too large for a page"}, {}
+    every = math.ceil(args.epochs / max(1, min(8, room - 2)))  # at most 8 of them
+    older = [old for old in recorder.snapshots if old["epoch"] % every == 0]
+    recorder.snapshots = older.copy()
+    if room > 2 and epoch % every == 0:
+        half = {name: encode(weights[name].cpu().half()) for name in weights}
+        recorder.snapshots.append({"epoch": epoch, "weights": half})
+    model = copy.deepcopy(recorder.model).eval()
+    if room == 1:  # the page gets float16: check that
+        model = model.half().float()
     predictor = ShiftAverage(model) if args.recipe == "accurate" else model
     images = load_mnist(args.data_dir)[0][:10]
     with torch.no_grad():
-        logits = predictor.eval()(normalise(images).to(recorder.device))
-    model.train()
-    recorder.snapshots = earlier
-    if room > 2 and epoch % every == 0:
-        half = {name: encode(weights[name].cpu().half()) for name in weights}
-        recorder.snapshots = [*earlier, {"epoch": epoch, "weights": half}]
+        logits = predictor(normalise(images).to(recorder.device))
+    precision = torch.float16 if room == 1 else torch.float32
     return program | {
         "mean_std": [MEAN, STD],
         "weights": encode_weights(weights, precision),
-        "half": precision == torch.float16,
+        "half": room == 1,
         "weights_epoch": epoch,
-        "snapshots": earlier,
+        "snapshots": older,
         "check": {"images": encode(images), "logits": logits.tolist()},
     }
 
@@ -1579,17 +1617,17 @@ def is_page(path):
 
 def write_page(path, values):
     """Write a page: the parts in data/page, joined, with `values` in it."""
-    values |= {"folder": str(path.parent.resolve()), "written": time.time()}
+    values = values | {"folder": str(path.parent.resolve()), "written": time.time()}
     data = json.dumps(values).replace("<", "\\u003c")  # no text may end the script
     try:
         if path.exists() and not is_page(path):
-            raise OSError("it is not a page of this script")
+            raise OSError("it is not a page of this script; rename it")
         page = (PAGE / "report.html").read_text(encoding="utf-8")
-        for part in PAGE.iterdir():
-            text = part.read_text(encoding="utf-8")
-            link = f'<link rel="stylesheet" href="{part.name}">'
+        for file in PAGE.glob("*.[cj]s*"):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            link = f'<link rel="stylesheet" href="{file.name}">'
             page = page.replace(link, f"<style>\n{text}</style>")
-            script = f'<script src="{part.name}"></script>'
+            script = f'<script src="{file.name}"></script>'
             page = page.replace(script, f"<script>\n{text}</script>")
         write(path, page.replace(">null<", f">{data}<", 1).encode(), needed=False)
     except OSError as error:
@@ -1613,8 +1651,6 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
     "output_dir": (OUTPUT_DIR, None, "where the runs are kept"),
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
-
-
 PLACES = "device", "data_dir", "output_dir", "comet"  # decide no result
 
 
@@ -1632,18 +1668,19 @@ def read_settings(argv=None):
     )
     add = parser.add_argument
     for name, details in FLAGS.items():
-        value, allowed, text = details
+        default, allowed, meaning = details
         kind = type(allowed[0]) if allowed else str
         choices = allowed if kind is str else None
-        text += " (default: %(default)s)"
+        meaning += " (default: %(default)s)"
         flag = "--" + name.replace("_", "-")
-        add(flag, default=value, type=kind, choices=choices, help=text)
+        add(flag, default=default, type=kind, choices=choices, help=meaning)
     add("--compare", action="store_const", dest="model", const="both")
     add("--resume", type=Path, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
-    # The constants, or those of the recipe or of the run to resume, stand before what
-    # is typed, which wins. As flags, since argparse checks flags, but no defaults.
+    # Parsed twice: first to see which recipe or run is asked for, then with its settings
+    # before what was typed, which wins. They are given as flags, since argparse checks
+    # those, and no defaults.
     typed = sys.argv[1:] if argv is None else list(argv)
     base = {name: details[0] for name, details in FLAGS.items()}
     args = parser.parse_args(as_flags(base) + typed)
@@ -1652,7 +1689,8 @@ def read_settings(argv=None):
         folder = folder.parent  # runs/NAME/checkpoint.pt
     fixed = set()
     if folder and not args.predict:
-        base |= read_config(folder)["settings"] | {name: base[name] for name in PLACES}
+        places = {name: base[name] for name in PLACES}
+        base |= read_config(folder)["settings"] | places
         fixed = FLAGS.keys() - {"epochs", *PLACES}
         if base["seeds"] > 1 or base["model"] == "both":
             fixed.remove("seeds")  # a study can get more
@@ -1673,7 +1711,8 @@ def read_settings(argv=None):
             text = f"--resume: this run has {name} {base[name]}"
             parser.error(f"{text}; leave {as_flags({name: value})[0]} out")
         if type(value) is not str and not allowed[0] <= value <= allowed[1]:  # or nan
-            parser.error(f"{name} must be from {allowed[0]} to {allowed[1]}")
+            flag = as_flags({name: value})[0].partition("=")[0]
+            parser.error(f"{flag} must be from {allowed[0]} to {allowed[1]}")
     return args
 
 
@@ -1696,21 +1735,21 @@ def catch_signals():
     """Turn Ctrl-C, SIGTERM and SIGHUP into a KeyboardInterrupt."""
     before = {}
 
-    def stop(number, frame):
+    def stop(signum, frame):
         for other, handler in before.items():  # torchrun sends it twice
             signal.signal(other, signal.SIG_IGN if LAUNCHED else handler)
-        raise KeyboardInterrupt(number)
+        raise KeyboardInterrupt(signum)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
             with suppress(ValueError):  # not in the main thread
-                before[number] = signal.signal(number, stop)
+                before[signum] = signal.signal(signum, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def main(argv=None):
@@ -1720,13 +1759,14 @@ def main(argv=None):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    folder, status, useful, resumable = None, 1, True, True
+    folder, status = None, 1
+    useful, resumable = True, True  # is the folder worth keeping, can the run go on?
     try:
         args = read_settings(argv)
         if args.predict:
             return predict_files(args) if RANK == 0 else 0
         tune_cpu()
-        with catch_signals(), join_processes(args) if LAUNCHED else nullcontext():
+        with catch_signals(), join_processes(args):
             load_mnist(args.data_dir)  # an error leaves no folder
             folder = args.resume or make_run_folder(args.output_dir, args.model)
             train_all(args, folder)
@@ -1738,15 +1778,17 @@ def main(argv=None):
     except UserError as error:
         status, text, useful = error.status, str(error), False
     except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        status, text = 128 + number, f"interrupted by {signal.Signals(number).name}"
+        signum = error.args[0] if error.args else signal.SIGINT
+        status, text = 128 + signum, f"interrupted by {signal.Signals(signum).name}"
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, torch.OutOfMemoryError):
-        text = "out of memory: reduce --batch-size, or use --device cpu"
+        text = (
+            "out of memory: use --device cpu, or a new run with a smaller --batch-size"
+        )
     except Exception as error:  # noqa: BLE001
-        if isinstance(error, OSError) and not error.filename:  # of a print
+        if getattr(error, "errno", None) and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}"
         else:  # a bug
             traceback.print_exc()
@@ -1755,9 +1797,11 @@ def main(argv=None):
         warn(text)
     if not folder or RANK > 0:
         return status
+    useful = useful and (folder / "config.json").exists()
+    is_empty = not args.resume and not any(folder.rglob("checkpoint.pt"))
     if useful and resumable:
         warn(f"continue with: {quote(['python', 'main.py', '--resume', str(folder)])}")
-    elif not useful and not args.resume and not any(folder.rglob("checkpoint.pt")):
+    elif is_empty and not useful:
         shutil.rmtree(folder, ignore_errors=True)
         write_overviews(folder)
     return status
@@ -1766,14 +1810,16 @@ def main(argv=None):
 def explain_bug(error):
     """Return a line to print below a traceback: which sizes meet, for instance."""
     if WORLD_SIZE > 1:
-        return "this is a bug, or another process has ended"
+        return "this is a bug, or another process has ended (see the first traceback)"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame in frames if "self" in frame.f_locals]
     frames = [frame for frame in frames if frame.f_code.co_name == "forward"]
     if not frames or isinstance(error, (AttributeError, NameError, TypeError)):
         return ""
-    layer, name = frames[-1].f_locals["self"], frames[-1].f_code.co_varnames[1]
-    shape = tuple(getattr(frames[-1].f_locals.get(name), "shape", ()))
-    layer = str(layer).split("(\n")[0]
+    last = frames[-1]
+    name = last.f_code.co_varnames[1]  # of the input
+    shape = tuple(getattr(last.f_locals.get(name), "shape", ()))
+    layer = str(last.f_locals["self"]).split("(\n")[0]
     return f"compare the sizes: {name} has the shape {shape} in {layer}"
 
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,13 +51,12 @@ def get_folders(folder):
 
 
 COMMANDS = "chromium chromium-browser google-chrome google-chrome-stable microsoft-edge"
-FILES = (  # where Chrome, Chromium and Edge are on macOS and Windows
-    *("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",),
-    *("/Applications/Chromium.app/Contents/MacOS/Chromium",),
-    *("/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge",),
-    *("Google/Chrome/Application/chrome.exe", "Chromium/Application/chrome.exe"),
-    *("Microsoft/Edge/Application/msedge.exe",),
-)
+FILES = """/Applications/Google Chrome.app/Contents/MacOS/Google Chrome
+/Applications/Chromium.app/Contents/MacOS/Chromium
+/Applications/Microsoft Edge.app/Contents/MacOS/Microsoft Edge
+Google/Chrome/Application/chrome.exe
+Chromium/Application/chrome.exe
+Microsoft/Edge/Application/msedge.exe""".splitlines()  # on macOS and Windows
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 QUIET += ["--in-process-gpu"]  # a process less
 WIDE = "document.documentElement.scrollWidth > innerWidth ? ['wide'] : []"
@@ -80,6 +80,22 @@ FAINT = """() => {  // WCAG 2.2, level AA: every text, over all the backgrounds 
 }"""
 
 
+@contextmanager
+def limit_test_images(count):
+    """Have runs test with the first digits only, which saves most of a short run."""
+    import main
+
+    load = main.load_mnist
+
+    def load_some(data_dir):
+        *training, images, labels = load(data_dir)
+        return [*training, images[:count], labels[:count]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "load_mnist", load_some)
+        yield
+
+
 def become(folder, out, environment):
     """Have all that a process of its own has."""
     os.setsid()  # signals for the test's own terminal are not for us
@@ -98,7 +114,8 @@ def _child(arguments, folder, out, environment):
     become(folder, out, environment)
     import main
 
-    sys.exit(main.main(arguments))
+    with limit_test_images(int(environment.get("TEST_IMAGES", 10_000))):
+        sys.exit(main.main(arguments))
 
 
 def be_script(arguments, folder, out, environment):
@@ -171,21 +188,22 @@ def make_environment(home, **more):
     return kept | places | {"no_proxy": "*"} | more
 
 
-def complete(folder, *arguments):
+def complete(folder, *arguments, **more):
     """Run main.py to its end in a folder, without a Comet key; return the Run."""
-    environment = make_environment(folder / "home")
+    environment = make_environment(folder / "home", **more)
     run = Run(list(map(str, arguments)), folder, environment)
     assert run.wait() == 0, run.stderr
     assert "Traceback" not in run.stderr
     return run
 
 
-def run_here(folder, *arguments, status=0):
+def run_here(folder, *arguments, status=0, test_images=1000):
     """Call main.main in this process, untracked; return the run's folder in `folder`."""
     import main
 
     given = [*map(str, arguments), "--comet=off", f"--output-dir={folder}"]
-    assert main.main(given) == status
+    with limit_test_images(test_images):
+        assert main.main(given) == status
     (run_dir,) = get_folders(folder)
     return run_dir
 
@@ -245,7 +263,8 @@ def spawn(tmp_path, environment):
     runs = []
 
     def start(*arguments, folder=tmp_path, target=_child, **more):
-        runs.append(Run(list(map(str, arguments)), folder, environment | more, target))
+        more = environment | {"TEST_IMAGES": "1000"} | more
+        runs.append(Run(list(map(str, arguments)), folder, more, target))
         return runs[-1]
 
     yield start
@@ -266,7 +285,8 @@ def trained(tmp_path_factory):
         with open(f"{folder}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
-                complete(folder, *RUNS[name].split())
+                test_images = "1000" if name == "study" else "10000"
+                complete(folder, *RUNS[name].split(), TEST_IMAGES=test_images)
                 (folder / "done").touch()
         (run_dir,) = get_folders(folder / "runs")
         return run_dir

@@ -50,9 +50,9 @@ def refusal(tmp_path, monkeypatch, capsys):
     """refusal(*arguments): what main.py says of a wrong command line."""
     monkeypatch.chdir(tmp_path)
 
-    def refuse(*arguments, module=main, statuses=(2,)):
+    def refuse(*arguments, module=main):
         capsys.readouterr()
-        assert module.main(list(map(str, arguments))) in statuses, arguments
+        assert module.main(list(map(str, arguments))) == 2, arguments
         out, err = capsys.readouterr()
         *usage, line = err.splitlines()
         assert out == "" and line.startswith("main.py: "), out + err
@@ -82,8 +82,8 @@ def test_an_unknown_or_lonely_flag_is_refused(refusal):
 
 def test_what_is_there_and_what_is_possible_is_told(refusal, tmp_path):
     (tmp_path / "a_file").write_text("text")
-    for device in ("cuda:99", "xla", "nonsense"):  # the status is 1 if there is a GPU
-        assert device in refusal("--device", device, "--comet", "off", statuses=(1, 2))
+    for device in ("cuda:99", "xla", "nonsense"):
+        assert device in refusal("--device", device, "--comet", "off")
     assert all(name in refusal("--optimizer", "x") for name in ("sgd", "adam"))
     assert {"1", "60000"} <= set(re.findall(r"\d+", refusal("--batch-size", 0)))
     for path in ("a_file/sub", "a_file"):

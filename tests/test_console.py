@@ -158,7 +158,7 @@ def test_config_has_every_setting_version_and_checksum(finished):
     assert config["device"] == str(main.select_device())
     assert {"torch", "torchvision", "numpy"} <= set(config["versions"])
     for name, number in config["versions"].items():
-        assert number == version(name)
+        assert number.split("+")[0] == version(name)  # 2.6.0+cu124
     assert ".".join(map(str, sys.version_info[:3])) in json.dumps(config)
     raw = Path(main.DATA_DIR, "MNIST", "raw")
     found = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in raw.glob("*.gz")}
@@ -169,7 +169,7 @@ def test_configs_command_repeats_the_run_exactly_from_a_notebook(finished, tmp_p
     """main.main([...]) in a process that goes on returns the exit status."""
     python, script, *flags = shlex.split(finished.config["command"])
     assert (python, script) == ("python", "main.py")
-    again = run_here(tmp_path / "again", *flags)
+    again = run_here(tmp_path / "again", *flags, test_images=10_000)
     one, other = (run / "model.pt" for run in (again, finished.run_dir))
     assert one.read_bytes() == other.read_bytes()
     metrics = json.loads((again / "metrics.json").read_text())

@@ -53,7 +53,7 @@ def deep_mlp():
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(32, 10))
 
 
-NETWORKS = [LeNet, EditedCNN, sequential, Residual, Recurrent, deep_mlp]
+NETWORKS = [LeNet, sequential, Residual, Recurrent, deep_mlp]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_weights_are_stored_channels_last_only_if_the_network_allows_it():
 def test_a_third_network_needs_its_class_and_a_line(tmp_path, spawn):
     """--model, --seeds, --resume, --predict, folders and titles follow MODELS."""
     text = (ROOT / "main.py").read_text(encoding="utf-8")
-    own = "class Net(CNN):\n    channels_last = False\n\n\nMODELS = {'mine': Net, "
+    own = "class Net(FullyConnectedModel):\n    own = True\n\n\nMODELS = {'mine': Net, "
     script = tmp_path / "own" / "main.py"
     script.parent.mkdir()
     script.write_text(text.replace("\nMODELS = {", f"\n{own}"), encoding="utf-8")

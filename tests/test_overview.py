@@ -24,7 +24,7 @@ def overview(trained, tmp_path_factory):
     root = tmp_path_factory.mktemp("overview") / "runs"
     for name, folder in NAMES.items():
         shutil.copytree(trained(name), root / folder, ignore=UNUSED)
-    main.write_overviews(root / NAMES["study"] / "a run")
+    main.write_overviews(root / NAMES["study"] / "fc-seed-5")
     for path in root / "index.html", root / NAMES["study"] / "index.html":
         text = path.read_text(encoding="utf-8")  # a page just written reloads itself
         path.write_text(re.sub('"written": [0-9.]+', '"written": 1', text), "utf-8")

@@ -18,10 +18,7 @@ import main
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on 2,000 digits: its folder, metrics, and the figures that it saved.
-
-    And the test digits: images, labels, and their probabilities by model.pt.
-    """
+    """A run's folder, metrics, figures; test digits, and model.pt's probabilities."""
     figures, save_picture = {}, main.save_picture
 
     def save(path, draw, *arguments, **named):
@@ -32,7 +29,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "save_picture", save)
         folder = tmp_path_factory.mktemp("drawn")
-        run_dir = run_here(folder, "--limit", 2000, "--epochs", 1)
+        run_dir = run_here(folder, "--limit=2000", "--epochs=1", test_images=10_000)
     model = main.CNN()
     model.load_state_dict(torch.load(run_dir / "model.pt"))
     images, labels = main.load_mnist(main.DATA_DIR)[2:]
@@ -137,18 +134,17 @@ def test_the_confusion_matrix_has_every_count_and_the_share_of_each_digit(run):
 
 def test_the_calibration_error_has_15_bins():
     """Confidences 0.62 and 0.68 are in one tenth, but in two fifteenths."""
-    confidence = np.array(3 * [0.62] + 2 * [0.68])
-    probabilities = np.full((5, 10), 0.01)
-    probabilities[:, 3] = confidence
-    labels = np.array([3, 3, 3, 4, 4])  # the last two are misclassified
-    digits = main.Digits(np.zeros((5, 28, 28)), probabilities, labels)
+    probabilities = torch.full((5, 10), 0.01)
+    probabilities[:, 3] = torch.tensor(3 * [0.62] + 2 * [0.68])
+    labels = torch.tensor([3, 3, 3, 4, 4])  # the last two are misclassified
+    digits = main.Digits(torch.zeros(5, 28, 28), probabilities, labels)
     expected = (3 * (1 - 0.62) + 2 * 0.68) / 5
     assert digits.get_calibration_error() == pytest.approx(expected)
 
 
 def test_a_test_without_a_mistake_has_its_pictures(tmp_path, capsys):
-    probabilities = np.eye(10)[np.arange(20) % 10]
-    images, labels = np.zeros((20, 28, 28)), np.arange(20) % 10
+    labels = torch.arange(20) % 10
+    images, probabilities = torch.zeros(20, 28, 28), torch.eye(10)[labels]
     main.save_pictures(main.Digits(images, probabilities, labels), tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 5
     assert capsys.readouterr().err == ""

@@ -89,6 +89,29 @@ def test_a_prepared_digit_is_placed_as_mnist_does():
         assert 18 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 22
 
 
+@torch.no_grad()
+def test_an_answer_is_ahead_of_the_second_by_a_fifth(tmp_path, model_file, capsys):
+    """On digits of MNIST for which the network hesitates, more or less."""
+    model, _ = main.load_predictor(model_file)
+    images = main.load_mnist(main.DATA_DIR)[2][:3000]
+    ahead = model(main.normalise(images)).softmax(dim=1).topk(2).values.diff().abs()
+    leads = {}
+    for n in ahead[:, 0].argsort()[:60].tolist():
+        digit, problem = main.prepare_photo(images[n].numpy())
+        row = model(main.normalise(torch.tensor(digit[None]))).softmax(dim=1)
+        lead = float(row.topk(2).values.diff().abs())
+        if not problem and 0.01 < abs(lead - 0.2) < 0.15:
+            leads[str(tmp_path / f"{n}.png")] = lead
+            as_image(images[n].numpy()).save(tmp_path / f"{n}.png")
+    assert min(leads.values()) < 0.15 and max(leads.values()) > 0.25
+    options = f"--checkpoint={model_file}", f"--output-dir={tmp_path}"
+    assert main.main(["--predict", *leads, *options]) == 0
+    output = capsys.readouterr().out
+    for path, lead in leads.items():
+        (line,) = [line for line in output.splitlines() if line.startswith(path)]
+        assert ("no answer: not clear; closest" in line) is (lead < 0.2), (line, lead)
+
+
 # ----- files
 
 

@@ -24,7 +24,8 @@ def accurate(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         epochs = watch_training(patch)
         folder = tmp_path_factory.mktemp("accurate")
-        return run_here(folder, "--recipe=accurate", *QUICK), epochs
+        flags = "--recipe=accurate", *QUICK
+        return run_here(folder, *flags, test_images=10_000), epochs
 
 
 def test_the_rate_rises_for_30_percent_of_the_steps_and_falls_to_0(accurate):

@@ -144,7 +144,6 @@ def make_mlp(width):
 NETWORKS = [  # and what the page shows of each, in so many pictures
     (Shortcut, "first.0: 8 feature maps of 28×28, after ReLU", 8 + 8 + 16),
     (Attention, "embed: 1 picture of 28 rows with 32 units each", 1),
-    (make_mlp(100), "1: 100 units, after gelu", 64),
     (make_mlp(1600), "1: 1600 units, after gelu", 64),  # in float16
     (make_mlp(3000), "too large", None),
     (Fourier, "fft_fft2", None),

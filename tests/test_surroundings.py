@@ -45,7 +45,8 @@ def read_pictures(folder):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The pictures of a run without any settings of the user's."""
-    return read_pictures(run_here(tmp_path_factory.mktemp("plain"), *QUICK))
+    folder = tmp_path_factory.mktemp("plain")
+    return read_pictures(run_here(folder, *QUICK, test_images=10_000))
 
 
 def test_the_users_settings_change_no_picture(tmp_path, environment, plain):
@@ -69,7 +70,7 @@ def test_settings_of_a_notebook_stay_and_decide_nothing(tmp_path, plain):
     strange = {"image.origin": "lower", "text.usetex": True, "lines.linewidth": 20}
     with matplotlib.rc_context(strange):
         before = dict(matplotlib.rcParams)
-        pictures = read_pictures(run_here(tmp_path, *QUICK))
+        pictures = read_pictures(run_here(tmp_path, *QUICK, test_images=10_000))
         assert dict(matplotlib.rcParams) == before
     assert pictures == plain
 
@@ -352,7 +353,10 @@ def test_out_of_memory_in_mid_run(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "my runs"
     run_here(folder, "--model=fc", "--limit=512", "--epochs=3", status=1)
     error = capsys.readouterr().err
-    assert "--batch-size, or use --device cpu" in error and "Traceback" not in error
+    assert (
+        "use --device cpu, or a new run with a smaller" in error
+        and "Traceback" not in error
+    )
     monkeypatch.undo()
     (line,) = (line for line in error.splitlines() if "--resume" in line)
     flags = shlex.split(line.partition("python main.py ")[2])

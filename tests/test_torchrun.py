@@ -151,7 +151,7 @@ def test_processes_for_which_there_are_not_enough_gpus_use_the_cpu(monkeypatch, 
     monkeypatch.setattr(main, "LOCAL_SIZE", 2)
     assert main.select_device().type == "cpu"
     assert capsys.readouterr().err == ""  # it was not even tried
-    with pytest.raises(main.UserError, match="GPUs: 1, processes: 2"):
+    with pytest.raises(main.UserError, match="GPUs 1, processes 2"):
         monkeypatch.setattr(main, "LAUNCHED", True)
         monkeypatch.setattr(main, "LOCAL_RANK", 1)
         main.select_device("cuda")

@@ -155,10 +155,7 @@ def test_train_epoch_is_the_textbooks_loop(model, digits, kind):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three runs of 2 epochs of 400 images: seed 5, 5 again, and 6.
-
-    The epochs of each (see watch_training), and its model.pt.
-    """
+    """The epochs (see watch_training) and model.pt of three runs: seeds 5, 5, 6."""
     runs, flags = [], ["--limit", 400, "--epochs", 2, "--batch-size", 15]
     for seed in (5, 5, 6):
         with pytest.MonkeyPatch.context() as patch:

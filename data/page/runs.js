@@ -40,9 +40,7 @@ function showOverviewHead(runs) {
   find("title").textContent = title;
   document.title = training ? `${training} training: ${title}` : title;
   find("state").textContent = training ? `training: ${count(training, "run")}` : "";
-  const planned = Math.max(run.planned ?? 0, runs.length);
-  const done = runs.length < planned ? `${runs.length} of ` : "";
-  find("subtitle").textContent = done + count(planned, "run");
+  find("subtitle").textContent = count(runs.length, "run");
   if (!run.is_study) return;
   find("subtitle").textContent += " · ";
   make(find("subtitle"), "a", {href: "../index.html"}, "All runs");
