@@ -42,11 +42,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 
 import numpy as np
-import scipy
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from scipy import ndimage
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -682,9 +682,9 @@ class Recorder:
     def __exit__(self, kind, error, trace):
         # `kind`: the class of what ended the run early, or None
         state = {None: "finished", KeyboardInterrupt: "stopped"}.get(kind, "failed")
+        self.bars[-1].close()
         if state == "stopped" and RANK == 0:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
-        self.bars[-1].close()
         try:
             if self.page_data:  # the run had begun
                 self.plotter.draw(self.smoothed.get())
@@ -983,7 +983,7 @@ def describe(args, device, model):
     """Return what decides a run's result, and what else one wants to know of it."""
     settings = {name: getattr(args, name) for name in FLAGS}
     decisive = {name: settings[name] for name in FLAGS if name not in PLACES}
-    packages = torch, torchvision, np, scipy, matplotlib
+    packages = torch, torchvision, np, matplotlib
     return {
         "settings": settings,
         "recipe": get_recipe_numbers() if args.recipe == "accurate" else {},
@@ -1350,14 +1350,14 @@ def find_ink(grey):
     size = max(small.shape)
     # Strokes are the few pixels that differ much from what is around them: the cube
     # keeps the sign and weights large differences most.
-    around = scipy.ndimage.gaussian_filter(small, size / 10, mode="mirror")
+    around = ndimage.gaussian_filter(small, size / 10, mode="mirror")
     if ((around - small) ** 3).sum() < 0:  # light ink on dark paper
         grey, small = -grey, -small
     # In a window wider than strokes, the light levels are the paper's.
     paper, window = small, size // 2 + 1
     for percent in 75, 25:  # up over the strokes, and down again
-        paper = scipy.ndimage.percentile_filter(paper, percent, window, mode="nearest")
-    paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
+        paper = ndimage.percentile_filter(paper, percent, window, mode="nearest")
+    paper = ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
     # A quarter of normal noise is below 0.32 standard deviations: this is about two.
@@ -1373,9 +1373,9 @@ def find_ink(grey):
 
 def number_parts(mask, gap):
     """Number the parts of a mask from 1; return their sizes, too."""
-    near = scipy.ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
-    numbers = scipy.ndimage.label(near)[0] * mask
-    boxes = scipy.ndimage.find_objects(numbers)
+    near = ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
+    numbers = ndimage.label(near)[0] * mask
+    boxes = ndimage.find_objects(numbers)
     sizes = [(y.stop - y.start, x.stop - x.start) for y, x in boxes]
     return numbers, np.array([(0, 0), *sizes])  # 0 is the paper
 
@@ -1385,7 +1385,7 @@ def look_inside(mask, border=False):
     numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
-    holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
+    holes = ndimage.binary_fill_holes(longest) & ~longest
     inside = sides[numbers * holes]
     is_frame = inside.max() > 0.08 * max(sides)  # the loop of a digit has only specks
     return inside > 0 if is_frame else mask
@@ -1409,7 +1409,7 @@ def cut_out(ink):
     unclear = sum(tall) > 1
     unclear |= width > 2 * height  # digits that touch
     unclear |= counts[largest] < sum(counts) / 2  # many parts: a text, a pattern
-    digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
+    digit = ndimage.maximum_filter(digit, 5)  # with the faint edge
     return ink.clip(0, 1) * digit, unclear
 
 
@@ -1419,7 +1419,7 @@ def centre_digit(ink):
     scale = sides.max() / 20  # pixels of the picture for one of MNIST's
     ink = np.pad(ink, math.ceil(15 * scale))
     # The mass goes to the middle of pixel (14, 14), as in MNIST.
-    y, x = np.array(scipy.ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
+    y, x = np.array(ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
     box = x, y, x + 28 * scale, y + 28 * scale
     digit = Image.fromarray(ink).resize((28, 28), Image.BILINEAR, box)
     return (255 * np.array(digit) / np.max(digit)).round().astype(np.uint8)

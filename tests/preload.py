@@ -1,7 +1,7 @@
 """What the fork server of conftest.py does once, for all runs that are forked from it.
 
-It imports main.py, Comet and torchrun, reads MNIST, and uses PyTorch and Matplotlib for
-the first time. It does not train: tqdm's lock would be shared, and held by who is killed.
+It imports and uses all for the first time. It does not train: tqdm's lock would be
+shared, and held by who is killed.
 """
 
 import gc

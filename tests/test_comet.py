@@ -162,11 +162,7 @@ def copy_script(folder, **constants):
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """{name: Case}, all ended. FAULTS; "online", "offline": with a continuation.
-
-    "file": the key is in ~/.comet.config; "constant": in main.py. The last two are
-    scripts in git repositories.
-    """
+    """{name: Case}, all ended; "file" has the key in ~/.comet.config."""
     root, cases = tmp_path_factory.mktemp("comet"), {}
     key = {"COMET_API_KEY": KEY}
     names = {"COMET_PROJECT_NAME": "my-project", "COMET_WORKSPACE": "my-team"}

@@ -34,7 +34,8 @@ def test_the_rate_rises_for_30_percent_of_the_steps_and_falls_to_0(accurate):
     assert len(rates) == 40 and max(rates) == pytest.approx(peak, rel=0.05)
     assert rates[:12] == sorted(rates[:12])
     assert rates[12:] == sorted(rates[12:], reverse=True)
-    assert rates[0] < 0.1 * peak and 0 < rates[-1] < 0.1 * peak
+    assert rates[0] == pytest.approx(peak * 0.5 / 12)  # in the middle of the step
+    assert rates[-1] == pytest.approx(peak * 0.5 / 28)
     assert rates[5] - rates[4] == pytest.approx(peak / 12)
     assert rates[31] - rates[30] == pytest.approx(-peak / 28)
     group = accurate[1][0].optimizer.param_groups[0]
@@ -114,13 +115,19 @@ def test_beyond_the_border_is_black(digits):
 
 
 def test_strokes_become_thicker_or_thinner_by_half(digits):
-    maps = torch.eye(2, 3).repeat(200, 1, 1)
-    for seed, sign, thicker in ((3, 1, True), (0, -1, False)):
-        torch.manual_seed(seed)
-        ((found, _),) = main.augment([digits], maps)
-        whole = sign * F.max_pool2d(sign * digits[0], 3, stride=1, padding=1)
-        torch.testing.assert_close(found, (digits[0] + whole) / 2, rtol=0, atol=1e-4)
-        assert bool(found.mean() > digits[0].mean()) == thicker
+    """In a third of the batches each."""
+    image, label = digits[0][:1], digits[1][:1]
+    thick, thin = (s * F.max_pool2d(s * image, 3, stride=1, padding=1) for s in (1, -1))
+    expected = [image, (image + thick) / 2, (image + thin) / 2]
+    counts = [0, 0, 0]
+    torch.manual_seed(0)
+    for found, _ in main.augment(
+        [(image, label)] * 900, torch.eye(2, 3).repeat(900, 1, 1)
+    ):
+        distances = [float((found - one).abs().max()) for one in expected]
+        assert min(distances) < 1e-4
+        counts[distances.index(min(distances))] += 1
+    assert all(270 < count < 330 for count in counts), counts  # two standard deviations
 
 
 def test_the_average_is_that_of_nine_shifted_images(digits):

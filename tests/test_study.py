@@ -102,7 +102,8 @@ def test_means_deviations_and_an_experiment_for_each_run(study):
 
 
 def test_compare_without_seeds_prints_no_mean(tmp_path):
-    run = complete(tmp_path, "--limit=640", "--epochs=1", "--comet=off", "--compare")
+    flags = "--limit=640", "--epochs=1", "--comet=off", "--compare"
+    run = complete(tmp_path, *flags, TEST_IMAGES="1000")
     assert [row[:2] for row in get_table(run)] == [["fc", "0"], ["cnn", "0"]]
     check_means(run)
     assert "nan" not in run.stdout

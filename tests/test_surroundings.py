@@ -1,8 +1,4 @@
-"""It works where people run it, with their settings: situations from public reports.
-
-More of them: test_data.py (other data under MNIST's names), test_reliability.py (nohup,
-disks), test_comet.py (servers).
-"""
+"""It works where people run it, with their settings: situations from public reports."""
 
 import contextlib
 import io
@@ -264,6 +260,16 @@ def test_metrics_that_cannot_be_written(tmp_path, monkeypatch, capsys, stop_in, 
     assert ('"state": "stopped"' if stop_in else '"state": "failed"') in page
     errors = capsys.readouterr().err
     assert "metrics.json" in errors and "Traceback" not in errors
+
+
+def test_the_page_is_updated_within_an_epoch(tmp_path, monkeypatch):
+    """Every 5 seconds, of a clock that runs 20 times as fast."""
+    steps, clock = [], main.time.monotonic
+    note = lambda path, values: steps.append(values.get("steps_done"))
+    monkeypatch.setattr(main.time, "monotonic", lambda: 20 * clock())
+    monkeypatch.setattr(main, "write_page", note)
+    run_here(tmp_path, "--limit=6400", "--epochs=1")
+    assert set(steps) - {0, 100, None}, steps
 
 
 def test_a_stop_before_the_checkpoint_is_saved(tmp_path, monkeypatch):

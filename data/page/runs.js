@@ -118,10 +118,10 @@ function showOverviewTable(section, lines) {
   });
   const columns = [
     ["run", (one) => one.name, String, -1],
+    ["state", describeRun, String, 1],
     MEASURED[0],
     ...settings,
     ...MEASURED.slice(1),
-    ["state", describeRun, String, 1],
   ];
   const area = {class: "wide", tabindex: 0, role: "region", "aria-label": "Table of all runs"};
   const table = make(make(section, "div", area), "table", {id: "overview"});
