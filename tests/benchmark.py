@@ -1,7 +1,6 @@
 """How fast main.py is beside the usual loop. Not a test: run it on an idle machine.
 
-python tests/benchmark.py              5 rounds, about 10 minutes on 2 cores
-python tests/benchmark.py --other DIR  an older checkout takes its turn as well
+python tests/benchmark.py  5 rounds, about 10 minutes on 2 cores
 
 Every measurement is a process of its own, one at a time; the sides take turns.
 """
@@ -93,10 +92,10 @@ def measure(command, metrics=None):
     return {"command": seconds, "MB": memory, **results}
 
 
-def run_script(checkout, *flags):
-    """Measure one run of a checkout's main.py."""
+def run_script(*flags):
+    """Measure one run of main.py."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(checkout / "main.py"), "--output-dir", folder]
+        command = [str(ROOT / "main.py"), "--output-dir", folder]
         found = lambda: next(Path(folder).glob("*/metrics.json"))
         return measure([*command, *flags], found)
 
@@ -114,7 +113,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--other", type=Path, help="a checkout to compare with")
     parser.add_argument("--usual", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.usual:
@@ -122,12 +120,8 @@ def main():
 
     sides = {
         "usual loop": lambda: measure([__file__, "--usual", "1"]),
-        "main.py": lambda: run_script(ROOT, "--epochs", "1", "--comet", "off"),
+        "main.py": lambda: run_script("--epochs", "1", "--comet", "off"),
     }
-    if options.other:
-        sides["other"] = lambda: run_script(
-            options.other, "--epochs", "1", "--comet", "off"
-        )
     rounds = {name: [] for name in sides}
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
@@ -142,15 +136,11 @@ def main():
     print("|---" * (len(sides) + 1) + "|")
     seconds = [[run["epoch_seconds"][0] for run in rounds[name]] for name in sides]
     show("seconds per epoch", seconds)
-    show("images per second", [[60_000 / s for s in side] for side in seconds], 0)
     accuracy = [[100 * run["test_accuracy"] for run in rounds[name]] for name in sides]
     show("test accuracy after it, %", accuracy, 1)
     show("peak memory, MB", [[run["MB"] for run in rounds[name]] for name in sides], 0)
-    for name, side in zip(sides, seconds):
-        if name != "main.py":
-            ratios = [other / ours for other, ours in zip(side, seconds[1])]
-            show(f"{name} / main.py", [ratios])
-    runs = [run_script(ROOT, "--comet", "offline") for _ in range(3)]
+    show("usual loop / main.py", [[usual / ours for usual, ours in zip(*seconds)]])
+    runs = [run_script("--comet", "offline") for _ in range(3)]
     outside = [run["command"] - sum(run["epoch_seconds"]) for run in runs]
     print("\n| python main.py | median of 3 (lowest to highest) |")
     print("|---|---|")

@@ -115,7 +115,6 @@ def test_beyond_the_border_is_black(digits):
 
 
 def test_strokes_become_thicker_or_thinner_by_half(digits):
-    """In a third of the batches each."""
     image, label = digits[0][:1], digits[1][:1]
     thick, thin = (s * F.max_pool2d(s * image, 3, stride=1, padding=1) for s in (1, -1))
     expected = [image, (image + thick) / 2, (image + thin) / 2]

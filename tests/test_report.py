@@ -158,6 +158,11 @@ def test_any_network(open_page, monkeypatch, tmp_path, network, text, shown):
     if shown == 64:
         run_here(tmp_path / "runs", "--resume", path, "--epochs=2")
     page, run = open_page(path / "report.html"), read_data(path / "report.html")
+    if run["half"]:  # the check is of the weights that the page has
+        model, _ = main.load_predictor(path)
+        images = main.normalise(main.load_mnist(main.DATA_DIR)[0][:10])
+        expected = model.half().float()(images).detach()
+        assert np.allclose(run["check"]["logits"], expected, rtol=0, atol=1e-6)
     assert (path / "report.html").stat().st_size < 8_000_000
     if shown is None:
         problem = page.locator("#problem").inner_text()
