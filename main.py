@@ -1183,16 +1183,16 @@ def train_all(args, folder):
     if len(pairs) == 1:
         train_run(args, folder)
         return
+    before = read_runs(folder)
+    done = {name: len(run["train_loss"]) for name, run in before.items()}
+    if max(done.values(), default=0) > args.epochs:
+        raise UserError("--epochs: a run of this study has done more; give more")
     settings = {name: getattr(args, name) for name in FLAGS}
     save_json({"settings": settings}, folder / "config.json")
     names = [f"{model}-seed-{seed}" for seed, model in pairs]
-    before = read_runs(folder)
     for name, (seed, model) in zip(names, pairs):
-        previous = before.get(name, {"state": "new"})
-        if (
-            previous["state"] == "finished"
-            and len(previous["train_loss"]) == args.epochs
-        ):
+        is_finished = name in before and before[name]["state"] == "finished"
+        if is_finished and done[name] == args.epochs:
             continue
         print(f"Run {names.index(name) + 1} of {len(names)}: {model}, seed {seed}")
         if RANK == 0:
@@ -1790,9 +1790,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, torch.OutOfMemoryError):
-        text = (
-            "out of memory: use --device cpu, or a new run with a smaller --batch-size"
-        )
+        text = "out of memory: use --device cpu, or a new run with a smaller batch size"
     except Exception as error:  # noqa: BLE001
         if getattr(error, "errno", None) and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}"

@@ -360,7 +360,7 @@ def test_out_of_memory_in_mid_run(tmp_path, monkeypatch, capsys):
     run_here(folder, "--model=fc", "--limit=512", "--epochs=3", status=1)
     error = capsys.readouterr().err
     assert (
-        "use --device cpu, or a new run with a smaller" in error
+        "use --device cpu, or a new run with a smaller batch" in error
         and "Traceback" not in error
     )
     monkeypatch.undo()
