@@ -79,8 +79,8 @@ class Case:
 
     def __init__(self, folder, server, flags, target=be_timed_main, **more):
         self.folder, self.server, self.target = folder, server, target
-        url = {"COMET_URL_OVERRIDE": server.url}
-        self.environment = conftest.make_environment(folder / "home", **url, **more)
+        more |= {"COMET_URL_OVERRIDE": server.url, "TEST_IMAGES": "1000"}
+        self.environment = conftest.make_environment(folder / "home", **more)
         self.start(flags)
 
     def start(self, flags):

@@ -11,6 +11,7 @@ import signal
 import sys
 from hashlib import md5
 
+import conftest
 import pytest
 import torch
 from conftest import LINUX, Run, _child, become, get_folders, make_environment, run_here
@@ -33,7 +34,7 @@ SMALL = [*FLAGS, *KINDS[signal.SIGKILL]]
 
 def start(folder, *flags, target=_child):
     """Start main.py with these flags in a folder; return the Run."""
-    environment = make_environment(folder / "home")
+    environment = make_environment(folder / "home", TEST_IMAGES="1000")
     return Run(list(map(str, flags)), folder, environment, target)
 
 
@@ -280,7 +281,8 @@ def be_in_trouble(arguments, folder, out, environment):
     os.replace = lock
     become(folder, out, environment)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    sys.exit(main.main(arguments))
+    with conftest.limit_test_images(1000):
+        sys.exit(main.main(arguments))
 
 
 def test_a_run_goes_on_under_nohup_and_with_locked_pictures(tmp_path, stories):

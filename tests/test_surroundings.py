@@ -221,8 +221,10 @@ def test_a_project_that_was_moved_goes_on(tmp_path, monkeypatch):
 def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch):
     words = ["python", "main.py", "--resume", "my runs"]
     assert main.quote(words) == "python main.py --resume 'my runs'"
-    monkeypatch.setattr(main.os, "name", "nt")
-    assert main.quote(words) == 'python main.py --resume "my runs"'
+    with monkeypatch.context() as patch:  # pytest itself must not see it
+        patch.setattr(main.os, "name", "nt")
+        quoted = main.quote(words)
+    assert quoted == 'python main.py --resume "my runs"'
 
 
 def test_a_strange_index_stays(tmp_path, capsys):

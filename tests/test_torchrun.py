@@ -1,4 +1,4 @@
-"""The same script under torchrun: real processes on this machine, and two launches.
+"""The same script under torchrun: real processes on this machine, and a launch.
 
 Where torchrun itself does not matter, forked processes have the variables that it sets.
 """
@@ -49,19 +49,13 @@ class Launch(conftest.Run):
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """launch(processes, *flags): start torchrun in a folder, whose end ends it."""
-    launches = []
-
-    def start(processes, *flags):
-        launches.append(Launch(tmp_path / "team", processes, *flags))
-        return launches[-1]
-
-    yield start
-    for one in launches:
-        with suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.join()
+def team(tmp_path):
+    """torchrun with two processes."""
+    launch = Launch(tmp_path / "team", 2, *LONG)
+    yield launch
+    with suppress(ProcessLookupError):
+        os.killpg(launch.process.pid, signal.SIGKILL)
+    launch.process.join()
 
 
 def messages(run):
@@ -116,9 +110,8 @@ def test_a_batch_that_cannot_be_shared_is_told(spawn, tmp_path):
 
 
 @conftest.LINUX
-def test_a_killed_process_ends_the_other_and_two_go_on(launch, tmp_path):
+def test_a_killed_process_ends_the_other_and_two_go_on(team, spawn, tmp_path):
     """To the weights of one. And only the first one shows, tracks and writes."""
-    team = launch(2, *LONG)
     alone = conftest.complete(tmp_path / "alone", *LONG)
     team.wait_for(lambda: "Epoch 1/3" in team.stdout)
     begin = time.monotonic()
@@ -132,15 +125,15 @@ def test_a_killed_process_ends_the_other_and_two_go_on(launch, tmp_path):
     (line,) = (line for line in messages(team) if "--resume" in line)
     assert line.endswith(f"--resume {team.run_dir.relative_to(team.folder)}")
     before = set(team.run_dir.glob("*.zip"))
-    again = launch(2, "--resume", team.run_dir)
-    assert again.wait() == 0, again.stderr
+    again, other = fork(spawn, 2, "--resume", team.run_dir, "--comet=offline")
+    assert (again.wait(), other.wait()) == (0, 0), again.stderr
     assert f"Epoch {epochs}/3" not in again.stdout
-    assert_same(alone.run_dir, again.run_dir)
+    assert_same(alone.run_dir, team.run_dir)
     for text in "TRAINING CNN MODEL", "Epoch 3/3", "Test Accuracy", "TRAINING COMPLETE":
         assert again.stdout.count(text) == 1
     assert "100/100 [" in again.stderr and messages(again) == []
     assert "Traceback" not in again.stderr
-    files = [set(run.run_dir.iterdir()) for run in (alone, again)]
+    files = [set(run.run_dir.iterdir()) for run in (alone, team)]
     names = [sorted(path.suffix for path in found - before) for found in files]
     assert names[0] == names[1] and names[0].count(".zip") == 1
 
