@@ -1432,8 +1432,23 @@ def cut_out(ink):
     unclear = sum(tall) > 1
     unclear |= width > 2 * height  # digits that touch
     unclear |= counts[largest] < sum(counts) / 2  # many parts: a text, a pattern
+    # A shadow in a corner: a digit that touches two borders fills the picture.
+    in_corner = digit[[0, -1]].any() and digit[:, [0, -1]].any()
+    unclear |= in_corner and min(height / len(digit), width / len(digit[0])) < 0.8
     digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
     return ink.clip(0, 1) * digit, unclear
+
+
+def is_edge(grey, ink):
+    """Return True if this is no stroke, but the edge of a shadow."""
+    stroke = ink > 0.5
+    around = scipy.ndimage.maximum_filter(stroke, 13)
+    around &= ~scipy.ndimage.maximum_filter(stroke, 5)  # without the faint edge
+    contrast = abs(grey[around] - np.median(grey[stroke]))
+    as_dark = contrast < 0.2 * contrast.max(initial=0)
+    # A stroke has paper on both sides. Near half at an edge are as dark as the "ink"; in
+    # a hard shadow, up to 0.14.
+    return as_dark.sum() > 0.25 * as_dark.size
 
 
 def centre_digit(ink):
@@ -1454,10 +1469,12 @@ def prepare_photo(grey):
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
     edge = min(grey.shape) // 64  # crops and scans leave a margin of a few pixels
     inner = grey[edge : len(grey) - edge, edge : grey.shape[1] - edge]
-    ink = find_ink(grey.clip(inner.min(), inner.max()))
+    grey = grey.clip(inner.min(), inner.max())
+    ink = find_ink(grey)
     if ink is None:
         return np.zeros((28, 28), np.uint8), "nothing stands out: use more contrast"
     ink, unclear = cut_out(ink)
+    unclear |= is_edge(grey, ink)
     problem = "several digits, or none: crop to one digit" if unclear else None
     return centre_digit(ink), problem
 

@@ -66,8 +66,8 @@ def check_digits(run, name, numbers):
 
 def test_the_grid_has_the_first_20_test_digits_in_5_rows_of_4(run):
     digits, _ = check_digits(run, "predictions_grid", range(20))
-    corners = np.array([image.get_window_extent().get_points()[0] for image in digits])
-    x, y = corners.T.reshape(2, 5, 4).round()
+    corners = [image.get_window_extent().p0 for image in digits]
+    x, y = np.transpose(corners).reshape(2, 5, 4).round()
     assert (x == x[0]).all() and (np.diff(x[0]) > 150).all()  # pixels
     assert (y.T == y[:, 0]).all() and (np.diff(y[:, 0]) < -200).all()
 
@@ -81,10 +81,9 @@ def test_the_20_most_confident_mistakes_the_surest_first(run):
 def test_right_and_wrong_are_told_apart_by_sign_frame_and_colour(run):
     marks = {True: set(), False: set()}
     digits, titles = check_digits(run, "predictions_grid", range(20))
-    frames = digits[0].axes.patches
-    for n in range(20):
-        assert frames[n].get_xy() == tuple(digits[n].get_extent()[i] for i in (0, 3))
-        mark = titles[n].get_text()[0], frames[n].get_linewidth(), titles[n].get_color()
+    for n, frame in enumerate(digits[0].axes.patches):
+        assert frame.get_xy() == tuple(digits[n].get_extent()[i] for i in (0, 3))
+        mark = titles[n].get_text()[0], frame.get_linewidth(), titles[n].get_color()
         marks[run.table[n].argmax() == run.labels[n]].add(mark)
     ((sign, thin, colour),), ((other, thick, another),) = marks.values()
     assert (sign, other) == ("✓", "✗") and thick >= 3 * thin and colour != another

@@ -28,7 +28,6 @@ KINDS = {  # signal: what it stops, and how that is tracked
     signal.SIGHUP: ("--recipe=accurate", "--model=fc", *ADAM, "--comet=offline"),
     signal.SIGKILL: ("--model=fc", *ADAM, "--comet", "off"),
 }
-PARTS = "model", "checkpoint"
 SMALL = [*FLAGS, *KINDS[signal.SIGKILL]]
 
 
@@ -57,7 +56,8 @@ def flatten(value, place=()):
 
 def outcome(folder):
     """What a run has come to, to the last bit, save the time it took."""
-    parts = [torch.load(folder / f"{n}.pt", weights_only=True) for n in PARTS]
+    paths = folder / "model.pt", folder / "checkpoint.pt"
+    parts = [torch.load(path, weights_only=True) for path in paths]
     return list(flatten([*parts, read(folder, "metrics.json")]))
 
 

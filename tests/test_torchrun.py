@@ -82,8 +82,8 @@ def fork(spawn, count, *flags):
     team |= {"TORCHELASTIC_RUN_ID": 1, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     ranks = [team | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
     more = [{name: str(value) for name, value in own.items()} for own in ranks]
-    how = {"target": conftest.be_script}
-    return [spawn(main.__file__, *flags, **how, **own) for own in more]
+    given = [main.__file__, *flags]
+    return [spawn(*given, target=conftest.be_script, **own) for own in more]
 
 
 def test_four_processes_train_the_weights_of_one(spawn, tmp_path):
