@@ -10,8 +10,8 @@ python main.py --predict photo.jpg      classify your own handwriting
 torchrun --standalone --nproc-per-node=2 main.py
                                         train with two processes, or two GPUs
 
-Test accuracy 98.0 ± 0.5 %, accurate 99.63 ± 0.04 %: mean ± standard deviation of 10
-seeds (README.md).
+Test accuracy, mean ± standard deviation of 10 seeds: 98.0 ± 0.5 %, with the
+accurate recipe 99.63 ± 0.04 % (README.md).
 """
 
 import argparse
@@ -55,17 +55,22 @@ from torchsummary import summary
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-# !python in a notebook passes on the notebook's MPLBACKEND, with which this import may
-# fail. So it is taken away during the import.
-backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-import matplotlib.style
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+# With a notebook's MPLBACKEND, which !python passes on, this import may fail.
+mpl_backend = None
+if "matplotlib" not in sys.modules:
+    mpl_backend = os.environ.pop("MPLBACKEND", None)
+try:
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+except UnicodeError:  # in matplotlibrc: matplotlib has printed its path
+    print("main.py: save that file as UTF-8, or move it away", file=sys.stderr)
+    sys.exit(2)
 
-if backend:
-    os.environ["MPLBACKEND"] = backend
+if mpl_backend:
+    os.environ["MPLBACKEND"] = mpl_backend
     with suppress(ValueError):
-        matplotlib.rcParams["backend"] = backend
+        matplotlib.rcParams["backend"] = mpl_backend
 
 # ===== Settings =======================
 # Edit them here; most have a flag: EPOCHS is --epochs.
@@ -152,8 +157,7 @@ BLACK = -MEAN / STD  # a black pixel, normalised
 def load_mnist(data_dir):
     """Return MNIST: training images and labels, test images and labels.
 
-    uint8 (60000, 28, 28), int64 (60000,), then the same for 10,000 test images, from
-    `data_dir`/MNIST/raw. Raises UserError.
+    uint8 (N, 28, 28) and int64 (N,), from `data_dir`/MNIST/raw. Raises UserError.
     """
     tensors = []
     for name, md5 in MNIST.resources:
@@ -190,7 +194,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
     """Train on every batch once; return mean loss and accuracy over the epoch.
 
     `batches` yields images (N, 1, 28, 28) and labels (N,). Both results are measured
-    while the weights still change. on_step(loss) gets each batch's mean loss, a tensor.
+    while the weights change. on_step(loss) gets each batch's mean loss, a tensor.
     """
     model.train()
     loss_sum, correct, count = 0, 0, 0
@@ -227,7 +231,8 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
         all_logits.append(logits)
     model.train(was_training)
     all_logits = torch.cat(all_logits)
-    return float(loss_sum) / len(all_logits), int(correct) / len(all_logits), all_logits
+    count = len(all_logits)
+    return float(loss_sum) / count, int(correct) / count, all_logits
 
 
 # ===== The run ========================
@@ -248,9 +253,11 @@ def train_run(args, folder):
 
     # --- 2. Model, loss, optimizer ---
     # Softmax is inside this loss: the model returns logits.
-    loss_function = nn.CrossEntropyLoss(label_smoothing=SMOOTHING if is_accurate else 0)
-    # A throwaway model is tried first, so that a bug in your network shows now.
-    check_model(make_model(args.model, device), loss_function, images[:2], labels[:2])
+    smoothing = SMOOTHING if is_accurate else 0
+    loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    # So that a bug in your network shows now:
+    trial_model = make_model(args.model, device)
+    check_model(trial_model, loss_function, images[:2], labels[:2])
     torch.manual_seed(args.seed)
     model = make_model(args.model, device)
     if args.optimizer == "adam":
@@ -291,7 +298,7 @@ def train_run(args, folder):
             )
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
-            if RANK == 0:  # a test to watch: choose nothing by it
+            if RANK == 0:  # to watch: choose nothing by it
                 test_batches = make_batches(test_images, test_labels, batch_size=100)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
@@ -344,7 +351,7 @@ def print_title(title):
 
 
 def make_model(name, device="cpu"):
-    """Return a new network of MODELS, stored in the fastest way that it allows."""
+    """Return a new network of MODELS, stored in the fastest way it allows."""
     model = MODELS[name]().to(device)
     images = torch.zeros(2, 1, 28, 28, device=device)
     with torch.no_grad():
@@ -402,14 +409,21 @@ STROKES = 1 / 3  # of all batches get thicker strokes, as many get thinner ones
 
 
 def get_recipe_numbers():
-    distortions = {"angle": ANGLE, "scale": SCALE, "shift": SHIFT, "strokes": STROKES}
-    return ACCURATE_SGD | distortions | {"label_smoothing": SMOOTHING, "rising": RISING}
+    return ACCURATE_SGD | {
+        "label_smoothing": SMOOTHING,
+        "angle": ANGLE,
+        "scale": SCALE,
+        "shift": SHIFT,
+        "rising": RISING,
+        "strokes": STROKES,
+    }
 
 
 def one_cycle(total, step):
-    """Return what the learning rate is multiplied by: Smith 2018, arXiv:1803.09820."""
+    """Return what multiplies the learning rate: Smith 2018, arXiv:1803.09820."""
     progress = (step + 0.5) / total  # in the middle of the step
-    rise, fall = progress / RISING, (1 - progress) / (1 - RISING)
+    rise = progress / RISING
+    fall = (1 - progress) / (1 - RISING)
     return max(0.0, min(rise, fall))  # LambdaLR asks once more after the last step
 
 
@@ -435,12 +449,13 @@ def augment(batches, distortions):
         grid = F.affine_grid(maps, images.shape, align_corners=False)
         # Outside of the image grid_sample reads 0, which is black after - BLACK.
         images = F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK
-        # The mean of each pixel and of the brightest (darkest) of the 3x3 around it.
         choice = torch.rand(1).item()
         if choice < STROKES:
-            images = (images + F.max_pool2d(images, 3, stride=1, padding=1)) / 2
+            brightest = F.max_pool2d(images, 3, stride=1, padding=1)  # of 3x3 pixels
+            images = (images + brightest) / 2
         elif choice < 2 * STROKES:
-            images = (images - F.max_pool2d(-images, 3, stride=1, padding=1)) / 2
+            darkest = -F.max_pool2d(-images, 3, stride=1, padding=1)
+            images = (images + darkest) / 2
         yield images, labels
 
 
@@ -465,7 +480,8 @@ class ShiftAverage(nn.Module):
 # In the order of save_epoch:
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
-RESUMED = "history", "losses", "snapshots", "comet_key"  # attributes: in checkpoint.pt
+# Attributes that are in checkpoint.pt:
+RESUMED = "history", "losses", "snapshots", "comet_key"
 
 
 class LossHistory:
@@ -486,7 +502,7 @@ class LossHistory:
 
 
 def smooth(losses):
-    """Return a LossHistory of the losses of the steps, as all curves show them."""
+    """Return the LossHistory that all curves show."""
     smoothed = LossHistory(smoothing_factor=0.95)  # about the last 20 steps
     for loss in losses:
         smoothed.append(loss)
@@ -547,7 +563,7 @@ class Recorder:
         self.results = {}
         self.page_data = {}
         self.new_losses = []
-        # Progress bars, old ones, too: a Ctrl-C while Python deletes one would be lost.
+        # All progress bars: a Ctrl-C while Python deletes one would be lost.
         self.bars = [tqdm(disable=True)]
         self.shown_time = 0
         self.page_time = 0
@@ -634,8 +650,10 @@ class Recorder:
 
     def save_epoch(self, test_loss, test_accuracy):
         check_finite(test_loss, "test loss")
-        values = dict(zip(PER_EPOCH, [*self.trained, test_loss, test_accuracy]))
-        history = {name: [*self.history[name], values[name]] for name in PER_EPOCH}
+        values = [*self.trained, test_loss, test_accuracy]
+        history = {}
+        for name, value in zip(PER_EPOCH, values):
+            history[name] = [*self.history[name], value]
         checkpoint = {name: getattr(self, name) for name in RESUMED}
         checkpoint |= {"history": history, "model": self.model.state_dict()}
         checkpoint["optimizer"] = self.optimizer.state_dict()
@@ -665,10 +683,18 @@ class Recorder:
     def update_page(self, state, message=""):
         every = len(self.losses) // 10_000 + 1  # more points cannot be seen
         curve = np.round(self.smoothed.get()[every - 1 :: every], 4).tolist()
-        now = {"kind": "run", "state": state, "message": message, "curve": curve}
-        now |= {"curve_every": every, "steps_done": len(self.losses)}
-        now |= {"steps_per_epoch": self.epoch_steps, "history": self.history}
-        now |= {"results": self.results, "name": self.folder.name}
+        now = {
+            "kind": "run",
+            "name": self.folder.name,
+            "state": state,
+            "message": message,
+            "curve": curve,
+            "curve_every": every,
+            "steps_done": len(self.losses),
+            "steps_per_epoch": self.epoch_steps,
+            "history": self.history,
+            "results": self.results,
+        }
         write_page(self.folder / "report.html", self.config | self.page_data | now)
         self.page_time = time.monotonic()
 
@@ -676,19 +702,26 @@ class Recorder:
         """Save the trained weights and what the test has shown."""
         path = self.folder / "model.pt"
         weights = self.model.state_dict()
-        save_tensors({name: weights[name].cpu().contiguous() for name in weights}, path)
+        for name in weights:
+            weights[name] = weights[name].cpu().contiguous()
+        save_tensors(weights, path)
         self.comet.log_model(self.args.model, str(path))
-        self.results = {"test_loss": test_loss, "test_accuracy": test_accuracy}
-        self.results["calibration_error"] = digits.get_calibration_error()
+        self.results = {
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "calibration_error": digits.get_calibration_error(),
+        }
         self.comet.log_metrics(self.results, step=len(self.losses))
-        self.results["confusion_matrix"] = digits.count_confusions().tolist()
-        self.comet.log_confusion_matrix(matrix=self.results["confusion_matrix"])
+        matrix = digits.count_confusions().tolist()
+        self.comet.log_confusion_matrix(matrix=matrix)
+        self.results["confusion_matrix"] = matrix
         self.page_data["first"] = encode_digits(digits[:20])
         self.page_data["wrong"] = encode_digits(digits.get_mistakes()[:200])
 
     def __exit__(self, kind, error, trace):
         # `kind`: the class of what ended the run early, or None
-        state = {None: "finished", KeyboardInterrupt: "stopped"}.get(kind, "failed")
+        states = {None: "finished", KeyboardInterrupt: "stopped"}
+        state = states.get(kind, "failed")
         self.bars[-1].close()
         if state == "stopped" and RANK == 0:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
@@ -712,7 +745,9 @@ def check_finite(value, name):
 
 # ===== Results and pictures ===========
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"  # colour-blind safe
+BLUE = "#0072B2"  # of what is right; all three are colour-blind safe
+VERMILION = "#D55E00"  # of what is wrong
+GREY = "#999999"
 
 
 class Digits:
@@ -761,7 +796,7 @@ def save_picture(path, draw, *arguments, **named):
     """Save the Figure that draw(...) returns; if that fails, warn."""
     content = io.BytesIO()
     try:
-        with matplotlib.style.context("default"):  # whatever the user's settings are
+        with matplotlib.style.context("default"):  # not the user's settings
             draw(*arguments, **named).savefig(content, format="png", dpi=100)
         write(path, content.getbuffer(), needed=False)
     except Exception as error:  # noqa: BLE001
@@ -776,9 +811,9 @@ def draw_results(digits, bars=False):
         prediction = f"predicted {digits.predictions[n]} ({digits.confidence[n]:.1%})"
         titles.append(f"{sign} {prediction}\ntrue label {label}")
         colours.append(colour)
-    images, probabilities = digits.images.numpy(), digits.probabilities.numpy()
+    images = digits.images.numpy()
     if bars:
-        return draw_bars(images, probabilities, titles, colours)
+        return draw_bars(images, digits.probabilities.numpy(), titles, colours)
     return draw_grid(images, titles, colours)
 
 
@@ -787,7 +822,7 @@ def draw_grid(images, titles, colours):
     columns = max(1, min(4, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
     figure = Figure(figsize=(2.1 * columns, 2.5 * rows))
-    # All in one Axes, with room of 31x37 pixels for each: an Axes takes 0.02 s.
+    # All in one Axes, since each takes 0.02 s; with 31x37 pixels for each digit.
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
     for n, image in enumerate(images):
         x, y = 31 * (n % columns) + 1, 37 * (n // columns) + 8
@@ -853,7 +888,7 @@ NO_KEY = ("", "YOUR_API_KEY_HERE")
 
 
 class Tracker:
-    """Comet's experiment, or none: log_metric and all other methods are passed on to it.
+    """Comet's experiment, or none. All methods, log_metric for instance, are its own.
 
     If a call fails, a line says so, and the run goes on.
     """
@@ -861,13 +896,13 @@ class Tracker:
     def __init__(self, experiment=None, directory=None):
         self.experiment = experiment
         self.directory = directory  # of the archive
-        self.url = getattr(experiment, "url", None)  # None: offline, or no experiment
+        self.url = getattr(experiment, "url", None)  # None if offline
 
     def __getattr__(self, name):
         def call(*arguments, **named):
             if self.experiment is None:
                 return None
-            with redirect_stderr(io.StringIO()):  # without what its threads print
+            with redirect_stderr(io.StringIO()):  # what its threads print
                 try:
                     return getattr(self.experiment, name)(*arguments, **named)
                 except Exception as error:  # noqa: BLE001
@@ -879,7 +914,7 @@ class Tracker:
 
 
 def start_comet(mode, folder, experiment_key):
-    """Return a Tracker, for the experiment with this key or a new one; and its target."""
+    """Return a Tracker, for a new experiment or that with the key; and its target."""
     if mode == "off" or RANK > 0:
         return Tracker(), "off"
     for name, value in COMET_DEFAULTS.items():
@@ -936,7 +971,8 @@ def open_experiment(mode, folder, experiment_key):
                 return Tracker(experiment, directory), experiment.url
         if mode == "online":
             raise UserError("--comet online: no answer, or the API key is wrong", 1)
-    return Tracker(comet_ml.start(online=False, **options), directory), target
+    experiment = comet_ml.start(online=False, **options)
+    return Tracker(experiment, directory), target
 
 
 def end_comet(comet, folder):
@@ -1063,7 +1099,7 @@ def load_predictor(path):
             raise UserError(f"no model.pt in {path}: python main.py makes one")
         path = found[-1]
     with explaining(f"{path} is damaged, or not saved by this script"):
-        weights = torch.load(path, "cpu", weights_only=True)  # runs no code in it
+        weights = torch.load(path, "cpu", weights_only=True)  # runs no code
         weights = weights.get("model", weights)  # of a checkpoint.pt
     settings = {}
     names = list(MODELS)
@@ -1072,7 +1108,8 @@ def load_predictor(path):
         names = [settings["model"]]
     if names[0] not in MODELS:
         raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
-    model = load_weights([make_model(name) for name in names], weights, path)
+    models = [make_model(name) for name in names]
+    model = load_weights(models, weights, path)
     is_accurate = settings.get("recipe") == "accurate"
     return (ShiftAverage(model) if is_accurate else model).eval(), path
 
@@ -1132,7 +1169,7 @@ def read_archive(path, md5):
 
 
 def download(path, md5):
-    """Return a file of MNIST from the first mirror that has it; keep it at `path`."""
+    """Return a file of MNIST from a mirror; keep it at `path`."""
     print(f"Downloading {path.name}")
     content = b""
     for mirror in MNIST.mirrors:
@@ -1172,7 +1209,8 @@ def join_processes(args):
         text = "--batch-size and the number of images (60,000, or --limit)"
         raise UserError(f"{text} must be divisible by {WORLD_SIZE}")
     device = select_device(args.device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend)
     with redirect_stdout(sys.stdout if RANK == 0 else None):
         yield
     distributed.destroy_process_group()
@@ -1268,7 +1306,7 @@ def read_run(folder, time_changed):
 
 
 def read_runs(folder):
-    """Return what the overview shows of a folder's runs, by name, the newest first."""
+    """Return what the overview shows of a folder's runs, by name."""
     runs = {}
     for pattern in "*/metrics.json", "*/*/metrics.json":  # runs; those of studies
         for path in sorted(folder.glob(pattern), reverse=True):
@@ -1345,7 +1383,7 @@ def read_photo(path):
 def read_frame(image):
     """Return the grey levels of an open image, reduced if it is large."""
     image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a smaller size
-    if image.mode[0] in "IF":  # 16 or 32 bits: scale from the darkest to the lightest
+    if image.mode[0] in "IF":  # 16 or 32 bits
         levels = np.array(ImageOps.exif_transpose(image), np.float32)
         known = np.isfinite(levels)
         levels[~known] = np.median(levels[known])
@@ -1361,8 +1399,8 @@ def read_frame(image):
         behind = 255 if behind < 128 else 0
     colours = behind + opacity * (colours - behind)
     # Ink as bright as its paper still differs in red, green or blue, and much more.
-    grey, channels = colours @ BRIGHTNESS, np.moveaxis(colours, 2, 0)
-    strongest = max(channels, key=np.std)
+    grey = colours @ BRIGHTNESS
+    strongest = max(np.moveaxis(colours, 2, 0), key=np.std)
     return strongest if np.std(strongest) > 3 * np.std(grey) else grey
 
 
@@ -1404,13 +1442,13 @@ def number_parts(mask, gap):
 
 
 def look_inside(mask, border=False):
-    """Return the parts in the longest part of mask and border, if it is a frame."""
+    """Return what the longest part of mask and border frames, if anything."""
     numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
     inside = sides[numbers * holes]
-    is_frame = inside.max() > 0.08 * max(sides)  # the loop of a digit has only specks
+    is_frame = inside.max() > 0.08 * max(sides)  # a loop has only specks
     return inside > 0 if is_frame else mask
 
 
@@ -1467,7 +1505,7 @@ def prepare_photo(grey):
     """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
     picture = Image.fromarray(np.asarray(grey, np.float32))
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
-    edge = min(grey.shape) // 64  # crops and scans leave a margin of a few pixels
+    edge = min(grey.shape) // 64  # crops and scans leave a margin
     inner = grey[edge : len(grey) - edge, edge : grey.shape[1] - edge]
     grey = grey.clip(inner.min(), inner.max())
     ink = find_ink(grey)
@@ -1500,7 +1538,7 @@ def predict_files(args):
             problem = f"not clear; closest: {answer}"
         answer = f"no answer: {problem}" if problem else answer
         print(f"{name}: {answer}")
-        title = f"{name[-60:]}\n{answer}"  # the font has few other letters than Latin
+        title = f"{name[-60:]}\n{answer}"  # the font is Latin
         title = title.encode("latin-1", "replace").decode("latin-1")
         answers.append((image, row.numpy(), title, GREY if problem else BLUE))
     if answers:
@@ -1604,7 +1642,7 @@ def record_operations(model, image):
 
 
 def describe_program(model, device):
-    """Return what the page needs to compute what a model computes, or why not."""
+    """Return the operations of a model, for the page; or why there are none."""
     try:
         image = torch.zeros(1, 1, 28, 28, device=device)
         return {"program": record_operations(model, image)}
@@ -1613,7 +1651,7 @@ def describe_program(model, device):
 
 
 def take_snapshot(recorder):
-    """Return the weights for the page, now and older, and logits to check them by."""
+    """Return the weights for the page, and logits to check them by."""
     args = recorder.args
     epoch = recorder.epochs_done
     program = recorder.program
@@ -1763,7 +1801,7 @@ def tune_cpu():
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in malloc.h
         for option in M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
             ctypes.CDLL(None).mallopt(option, 2**25)
-    # In a container with fewer processors than the computer has, more threads are slow.
+    # Not more threads than the processors that a container may use.
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         processors = max(1, int(quota) // int(period))
@@ -1799,8 +1837,10 @@ def main(argv=None):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    folder, status = None, 1
-    useful, resumable = True, True  # is the folder worth keeping, can the run go on?
+    folder = None
+    status = 1
+    useful = True  # is the folder worth keeping?
+    resumable = True  # can the run go on?
     try:
         args = read_settings(argv)
         if args.predict:
@@ -1814,12 +1854,16 @@ def main(argv=None):
     except SystemExit as end:  # argparse has printed why
         return end.code
     except RunError as error:
-        text, resumable = str(error), error.resumable
+        text = str(error)
+        resumable = error.resumable
     except UserError as error:
-        status, text, useful = error.status, str(error), False
+        status = error.status
+        text = str(error)
+        useful = False
     except KeyboardInterrupt as error:
         signum = error.args[0] if error.args else signal.SIGINT
-        status, text = 128 + signum, f"interrupted by {signal.Signals(signum).name}"
+        status = 128 + signum
+        text = f"interrupted by {signal.Signals(signum).name}"
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -1830,7 +1874,8 @@ def main(argv=None):
             text = f"cannot write the output: {error.strerror}"
         else:  # a bug
             traceback.print_exc()
-            text, useful = explain_bug(error), False
+            text = explain_bug(error)
+            useful = False
     if text:
         warn(text)
     if not folder or RANK > 0:
@@ -1846,7 +1891,7 @@ def main(argv=None):
 
 
 def explain_bug(error):
-    """Return a line to print below a traceback: which sizes meet, for instance."""
+    """Return a line to print below a traceback: which sizes meet."""
     if WORLD_SIZE > 1:
         return "this is a bug, or another process has ended (see the first traceback)"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
