@@ -55,7 +55,8 @@ from torchsummary import summary
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-# With a notebook's MPLBACKEND, which !python passes on, this import may fail.
+# Colab and Jupyter set this variable to a backend that only they have: then the import
+# fails. So it is taken away meanwhile.
 mpl_backend = None
 if "matplotlib" not in sys.modules:
     mpl_backend = os.environ.pop("MPLBACKEND", None)
@@ -76,7 +77,7 @@ if mpl_backend:
 # Edit them here; most have a flag: EPOCHS is --epochs.
 
 # The experiment
-RECIPE = "classic"  # "classic": as below; "accurate": see ACCURATE
+RECIPE = "classic"  # "classic": as below; "accurate": as in ACCURATE
 MODEL = "cnn"  # a name in MODELS: "cnn", "fc", your own; or "both": cnn and fc
 EPOCHS = 7  # passes over the training images
 BATCH_SIZE = 64  # images per step
@@ -86,7 +87,7 @@ SEED = 0  # for the initial weights and the shuffling
 SEEDS = 1  # number of runs, with SEED, SEED + 1, ...
 LIMIT = 0  # train on the first LIMIT images only; 0: on all 60,000
 
-# What the accurate recipe sets instead; see there for what else it does.
+# What the accurate recipe sets instead; more in its section.
 ACCURATE = {"epochs": 7, "batch_size": 64, "lr": 0.1, "optimizer": "sgd"}
 
 # Where
@@ -105,7 +106,7 @@ COMET_PROJECT = "mnist-cnn"
 class CNN(nn.Module):
     """Two convolutions and two linear layers: 124,670 parameters."""
 
-    channels_last = True  # on a CPU, store the weights so: 1.5 times as fast
+    channels_last = True  # as a CPU is 1.5 times as fast: see make_model
 
     def __init__(self):
         super().__init__()
@@ -239,7 +240,7 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
 
 
 def train_run(args, folder):
-    """Train, test and keep one model: what `main` does with the settings."""
+    """Train, test and keep one model: main calls train_all, and that calls this."""
     is_accurate = args.recipe == "accurate"
     title = args.model.upper()
 
@@ -268,12 +269,13 @@ def train_run(args, folder):
     # Loads the checkpoint of a resumed run into model and optimizer.
     recorder = Recorder(args, folder, device, epoch_steps, model, optimizer)
     done = recorder.epochs_done  # 0, unless resumed
-    # Learning rate: lr * schedule(step). PyTorch's last_epoch counts steps here, since
-    # scheduler.step() follows each step; -1: no step yet.
+    # Learning rate: lr * schedule(step); constant in the classic recipe. last_epoch
+    # counts steps here, since scheduler.step() follows each step; -1: no step yet.
     cycle = functools.partial(one_cycle, args.epochs * epoch_steps)
     schedule = cycle if is_accurate else lambda step: 1.0
     scheduler = LambdaLR(optimizer, schedule, last_epoch=done * epoch_steps - 1)
-    ddp_model = DistributedDataParallel(model) if LAUNCHED else model  # torchrun
+    # torchrun starts WORLD_SIZE processes; RANK is this one's number. Else: 1 and 0.
+    ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
         # --- 3. Train ---
@@ -286,7 +288,7 @@ def train_run(args, folder):
             # No two epochs share a seed (at most 10,000 epochs); a resumed run continues
             # exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
-            # Without torchrun, RANK is 0 and WORLD_SIZE 1: `mine` is everything.
+            # This process's share; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
             order = torch.randperm(len(labels))[mine].to(device)
             batch_size = args.batch_size // WORLD_SIZE
@@ -298,7 +300,7 @@ def train_run(args, folder):
             )
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
-            if RANK == 0:  # to watch: choose nothing by it
+            if RANK == 0:  # only to watch: nothing is to be chosen by it
                 test_batches = make_batches(test_images, test_labels, batch_size=100)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
@@ -358,7 +360,7 @@ def make_model(name, device="cpu"):
         model.eval()
         model(images)  # lazy layers take their sizes from it
         if getattr(model, "channels_last", False) and images.device.type == "cpu":
-            try:
+            try:  # in memory, all channels of a pixel come together
                 model.to(memory_format=torch.channels_last)
                 model(images)  # does it still work?
             except RuntimeError:  # its view() fails on channels last
@@ -396,15 +398,15 @@ def count_parameters(model):
 
 
 # ===== The accurate recipe ============
-# You have read the whole training; what follows serves it. This recipe: schedule,
-# distortions, nine views in the test; chosen as in tests/README.md.
+# The training ends above; all that follows are helpers. This recipe was chosen as in
+# tests/README.md: a schedule, distorted images, and nine views of each in the test.
 
 ACCURATE_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
 SMOOTHING = 0.05  # of the labels: Szegedy et al. 2016, arXiv:1512.00567
 ANGLE = 5  # degrees: largest rotation and shear
 SCALE = 0.1  # fraction of the size: largest change
 SHIFT = 2  # pixels: largest shift
-RISING = 0.3  # of all steps: the learning rate rises
+RISING = 0.3  # of all steps are those in which the learning rate rises
 STROKES = 1 / 3  # of all batches get thicker strokes, as many get thinner ones
 
 
@@ -432,9 +434,9 @@ def draw_distortions(count):
     angle, shear, width, height, x, y = 2 * torch.rand(6, count) - 1  # from -1 to 1
     angle, shear = math.radians(ANGLE) * angle, math.radians(ANGLE) * shear
     width, height = 1 + SCALE * width, 1 + SCALE * height
-    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # for affine_grid 14 pixels are 1
+    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # affine_grid counts in 14 pixels
     cos, sin = angle.cos(), angle.sin()
-    # Rotation, after shear, after scale; and the shift:
+    # The rotation times [[width, shear], [0, height]]; and the shift:
     top = torch.stack([width * cos, shear * cos - height * sin, x], dim=1)
     bottom = torch.stack([width * sin, shear * sin + height * cos, y], dim=1)
     return torch.stack([top, bottom], dim=1)
@@ -775,7 +777,7 @@ class Digits:
     def get_calibration_error(self):
         """Return the gap of confidence and accuracy: Guo et al. 2017, arXiv:1706.04599.
 
-        In 15 bins of confidence; 0: of answers that are 90 % sure, 90 % are correct.
+        In 15 bins of confidence; 0 is perfect: of answers 90 % sure, 90 % are correct.
         """
         bins = (15 * self.confidence).long().clamp(max=14)
         gaps = bins.bincount(weights=self.confidence - self.correct.double())
@@ -888,7 +890,7 @@ NO_KEY = ("", "YOUR_API_KEY_HERE")
 
 
 class Tracker:
-    """Comet's experiment, or none. All methods, log_metric for instance, are its own.
+    """Comet's experiment, or none. It has all methods of the experiment.
 
     If a call fails, a line says so, and the run goes on.
     """
@@ -914,7 +916,7 @@ class Tracker:
 
 
 def start_comet(mode, folder, experiment_key):
-    """Return a Tracker, for a new experiment or that with the key; and its target."""
+    """Return a Tracker, for a new experiment or an old one; and what to say of it."""
     if mode == "off" or RANK > 0:
         return Tracker(), "off"
     for name, value in COMET_DEFAULTS.items():
@@ -985,7 +987,7 @@ def end_comet(comet, folder):
     archives = Path(comet.directory).glob(f"{key}*.zip")
     archive = max(archives, key=os.path.getmtime, default="")
     if not has_metrics(archive):
-        return f"{location}; {comet.url or 'Comet has nothing of it'}"
+        return f"{location}; {comet.url or 'Comet got nothing'}"
     if comet.url is None:
         return f"{location}; {quote(['comet', 'upload', str(archive)])}"
     retry = quote(["comet", "upload", "--force-reupload", str(archive)])
@@ -1239,15 +1241,15 @@ def train_all(args, folder):
         train_run(args, folder)
         return
     before = read_runs(folder)
-    done = {name: len(run["train_loss"]) for name, run in before.items()}
-    if max(done.values(), default=0) > args.epochs:
+    epochs = {name: len(run["train_loss"]) for name, run in before.items()}
+    if max(epochs.values(), default=0) > args.epochs:
         raise UserError("--epochs: a run of this study has done more; give more")
     settings = {name: getattr(args, name) for name in FLAGS}
     save_json({"settings": settings}, folder / "config.json")
     names = [f"{model}-seed-{seed}" for seed, model in pairs]
     for name, (seed, model) in zip(names, pairs):
         is_finished = name in before and before[name]["state"] == "finished"
-        if is_finished and done[name] == args.epochs:
+        if is_finished and epochs[name] == args.epochs:
             continue
         print(f"Run {names.index(name) + 1} of {len(names)}: {model}, seed {seed}")
         if RANK == 0:
@@ -1341,7 +1343,7 @@ PICTURES = ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", 
 PICTURES += ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"
 SIDE = 280  # pixels of the longer side in which a digit is looked for
 BRIGHTNESS = 0.299, 0.587, 0.114  # of red, green and blue: ITU-R BT.601
-LEAD = 0.2  # by which an answer's probability exceeds the second, at least
+LEAD = 0.2  # of an answer's probability over the second, at least
 
 
 def find_images(names):
@@ -1398,14 +1400,17 @@ def read_frame(image):
     if opacity.mean() < 0.5:  # ink alone: on white or black, whichever is farther
         behind = 255 if behind < 128 else 0
     colours = behind + opacity * (colours - behind)
-    # Ink as bright as its paper still differs in red, green or blue, and much more.
+    # Ink as bright as its paper differs more in red, green or blue than in grey.
     grey = colours @ BRIGHTNESS
     strongest = max(np.moveaxis(colours, 2, 0), key=np.std)
     return strongest if np.std(strongest) > 3 * np.std(grey) else grey
 
 
 def find_ink(grey):
-    """Return the ink: 0 on paper, 1 in a full stroke; or None."""
+    """Return the ink: 0 on paper, 1 in a full stroke; or None.
+
+    It is what is darker than the paper, whose grey level is estimated everywhere.
+    """
     reduction = math.ceil(max(grey.shape) / 48)  # less detail: paper has none
     small = np.array(Image.fromarray(grey).reduce(reduction))
     size = max(small.shape)
@@ -1416,20 +1421,20 @@ def find_ink(grey):
         grey, small = -grey, -small
     # In a window wider than strokes, the light levels are the paper's.
     paper, window = small, size // 2 + 1
-    for percent in 75, 25:  # up over the strokes, and down again
+    for percent in 75, 25:  # without strokes; then without what grew around them
         paper = scipy.ndimage.percentile_filter(paper, percent, window, mode="nearest")
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
     # A quarter of normal noise is below 0.32 standard deviations: this is about two.
     noise = 6 * np.quantile(abs(ink), 0.25)
-    stroke = np.median(ink[ink >= ink.max() / 2])
+    full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # Of 255 levels. Where the paper's own levels differ much, it may be a shadow.
     faintest = max(10, 2 * noise, np.ptp(paper) / 4)
-    if stroke < faintest:
+    if full < faintest:
         return None
-    noise = min(noise, stroke / 4)  # texture may look like noise
-    return np.float32((ink - noise) / (stroke - noise))
+    noise = min(noise, full / 4)  # texture may look like noise
+    return np.float32((ink - noise) / (full - noise))
 
 
 def number_parts(mask, gap):
@@ -1442,12 +1447,12 @@ def number_parts(mask, gap):
 
 
 def look_inside(mask, border=False):
-    """Return what the longest part of mask and border frames, if anything."""
+    """Return what is inside the longest part, if that is a frame; else the mask."""
     numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
-    inside = sides[numbers * holes]
+    inside = sides[numbers * holes]  # of each pixel: how long its part is
     is_frame = inside.max() > 0.08 * max(sides)  # a loop has only specks
     return inside > 0 if is_frame else mask
 
@@ -1484,8 +1489,8 @@ def is_edge(grey, ink):
     around &= ~scipy.ndimage.maximum_filter(stroke, 5)  # without the faint edge
     contrast = abs(grey[around] - np.median(grey[stroke]))
     as_dark = contrast < 0.2 * contrast.max(initial=0)
-    # A stroke has paper on both sides. Near half at an edge are as dark as the "ink"; in
-    # a hard shadow, up to 0.14.
+    # A stroke has paper on both sides: of the pixels around a digit at most 0.14 are as
+    # dark as its ink (in a hard shadow), around a shadow's edge nearly half.
     return as_dark.sum() > 0.25 * as_dark.size
 
 
@@ -1505,8 +1510,8 @@ def prepare_photo(grey):
     """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
     picture = Image.fromarray(np.asarray(grey, np.float32))
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
-    edge = min(grey.shape) // 64  # crops and scans leave a margin
-    inner = grey[edge : len(grey) - edge, edge : grey.shape[1] - edge]
+    margin = min(grey.shape) // 64  # crops and scans may leave a white one
+    inner = grey[margin : len(grey) - margin, margin : grey.shape[1] - margin]
     grey = grey.clip(inner.min(), inner.max())
     ink = find_ink(grey)
     if ink is None:
@@ -1612,7 +1617,7 @@ class OperationRecorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         # PyTorch calls this instead of each torch function, inside of `with`.
-        self.has_tensors = False  # until as_reference sees one
+        self.has_tensors = False  # until as_json has come to a tensor
         call = {"args": self.as_json(args), "kwargs": self.as_json(kwargs or {})}
         call["op"] = function.__name__
         if call["op"] == "__get__":  # of a property: x.T
@@ -1659,8 +1664,9 @@ def take_snapshot(recorder):
     weights = recorder.model.state_dict()
     # Those that the page uses:
     weights = {n: weights[n] for n in weights if f'{{"weight": "{n}"}}' in text}
-    # How many sets of weights fit: of 2 bytes a number (float16), 8 / 3 as base64. A
-    # set in float32 counts as two; beside it there is room for earlier ones.
+    # How many sets of weights fit: of 2 bytes a number (float16), 8 / 3 as base64. With
+    # room for 1, the page gets the weights in float16; for 2, in float32; for more, those
+    # of earlier epochs, too.
     size = 1 + 8 / 3 * sum(tensor.numel() for tensor in weights.values())
     room = math.floor((ROOM - len(text)) / size)
     if room < 1:
@@ -1757,8 +1763,8 @@ def read_settings(argv=None):
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
     # Parsed twice: first to see which recipe or run is asked for, then with its settings
-    # before what was typed, which wins. They are given as flags, since argparse checks
-    # those, and no defaults.
+    # before what was typed, which wins. They are given as flags, since argparse does not
+    # check defaults.
     typed = sys.argv[1:] if argv is None else list(argv)
     base = {name: details[0] for name, details in FLAGS.items()}
     args = parser.parse_args(as_flags(base) + typed)
@@ -1839,8 +1845,10 @@ def main(argv=None):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     folder = None
     status = 1
-    useful = True  # is the folder worth keeping?
-    resumable = True  # can the run go on?
+    # Of the folder: an error in the input or a bug leaves none behind, unless a run in it
+    # has finished an epoch; all others can be resumed but those that diverged.
+    useful = True
+    resumable = True
     try:
         args = read_settings(argv)
         if args.predict:
