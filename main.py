@@ -323,7 +323,7 @@ def train_run(args, folder):
         digits = Digits(test_images, logits.softmax(dim=1), test_labels)
         recorder.keep(test_loss, test_accuracy, digits)
         save_pictures(digits, folder)
-    print(f"All runs: {folder.parent / 'index.html'}")
+    print(f"All runs: {get_output_dir(folder) / 'index.html'}")
     print_title(f"TRAINING COMPLETE - {recorder.location}")
 
 
@@ -410,8 +410,11 @@ RISING = 0.3  # of all steps are those in which the learning rate rises
 STROKES = 1 / 3  # of all batches get thicker strokes, as many get thinner ones
 
 
-def get_recipe_numbers():
-    return ACCURATE_SGD | {
+def get_recipe_numbers(args):
+    if args.recipe != "accurate":
+        return {}
+    numbers = ACCURATE_SGD if args.optimizer == "sgd" else {}
+    return numbers | {
         "label_smoothing": SMOOTHING,
         "angle": ANGLE,
         "scale": SCALE,
@@ -565,13 +568,15 @@ class Recorder:
         self.results = {}
         self.page_data = {}
         self.new_losses = []
-        # All progress bars: a Ctrl-C while Python deletes one would be lost.
+        # All bars are kept: Python ignores a Ctrl-C that comes while it deletes one.
         self.bars = [tqdm(disable=True)]
         self.shown_time = 0
         self.page_time = 0
 
     def load_checkpoint(self, path):
         compare_configs(read_config(self.folder), self.config)
+        for partial in self.folder.glob("*.part"):  # the run was killed
+            partial.unlink()
         with explaining(f"{path} is damaged; start a new run"):
             saved = torch.load(path, "cpu", weights_only=True)
             load_weights([self.model], saved["model"], path)
@@ -683,7 +688,7 @@ class Recorder:
             write_overviews(self.folder)
 
     def update_page(self, state, message=""):
-        every = len(self.losses) // 10_000 + 1  # more points cannot be seen
+        every = len(self.losses) // 10_000 + 1  # points in a chart
         curve = np.round(self.smoothed.get()[every - 1 :: every], 4).tolist()
         now = {
             "kind": "run",
@@ -796,9 +801,12 @@ def save_pictures(digits, folder):
 
 def save_picture(path, draw, *arguments, **named):
     """Save the Figure that draw(...) returns; if that fails, warn."""
+    if RANK > 0:
+        return
     content = io.BytesIO()
     try:
-        with matplotlib.style.context("default"):  # not the user's settings
+        # Not with the user's settings; without warnings of letters that a font lacks.
+        with matplotlib.style.context("default"), warnings.catch_warnings(record=True):
             draw(*arguments, **named).savefig(content, format="png", dpi=100)
         write(path, content.getbuffer(), needed=False)
     except Exception as error:  # noqa: BLE001
@@ -1047,7 +1055,7 @@ def describe(args, device, model):
     packages = torch, torchvision, np, matplotlib
     return {
         "settings": settings,
-        "recipe": get_recipe_numbers() if args.recipe == "accurate" else {},
+        "recipe": get_recipe_numbers(args),
         "network": str(model),
         "title": type(model).__name__,
         "parameters": count_parameters(model),
@@ -1135,7 +1143,7 @@ def write(path, content, needed=True):
     """Write a file, whole or not at all; if that fails, raise or warn."""
     if RANK > 0:  # only the first process writes
         return
-    partial = Path(f"{path}.part")
+    partial = Path(f"{path}.{os.getpid()}.part")  # another run may write it, too
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -1146,7 +1154,7 @@ def write(path, content, needed=True):
         warn(text)
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
 
 
 def save_json(values, path, needed=True):
@@ -1234,9 +1242,9 @@ def average(loss, accuracy, device):
 
 def train_all(args, folder):
     """Train once, or once for each seed and model: a study."""
-    models = ("fc", "cnn") if args.model == "both" else (args.model,)
+    model_names = ("fc", "cnn") if args.model == "both" else (args.model,)
     seeds = range(args.seed, args.seed + args.seeds)
-    pairs = list(itertools.product(seeds, models))
+    pairs = list(itertools.product(seeds, model_names))
     if len(pairs) == 1:
         train_run(args, folder)
         return
@@ -1246,22 +1254,22 @@ def train_all(args, folder):
         raise UserError("--epochs: a run of this study has done more; give more")
     settings = {name: getattr(args, name) for name in FLAGS}
     save_json({"settings": settings}, folder / "config.json")
-    names = [f"{model}-seed-{seed}" for seed, model in pairs]
-    for name, (seed, model) in zip(names, pairs):
+    names = [f"{model_name}-seed-{seed}" for seed, model_name in pairs]
+    for name, (seed, model_name) in zip(names, pairs):
         is_finished = name in before and before[name]["state"] == "finished"
         if is_finished and epochs[name] == args.epochs:
             continue
-        print(f"Run {names.index(name) + 1} of {len(names)}: {model}, seed {seed}")
+        print(f"Run {names.index(name) + 1} of {len(names)}: {model_name}, seed {seed}")
         if RANK == 0:
             (folder / name).mkdir(exist_ok=True)
-        settings = vars(args) | {"model": model, "seed": seed, "seeds": 1}
+        settings = vars(args) | {"model": model_name, "seed": seed, "seeds": 1}
         train_run(argparse.Namespace(**settings), folder / name)
     if RANK == 0:
         runs = read_runs(folder)
         rows = [make_row(runs[name]) for name in names]
         print_table(rows)
         save_json({"runs": rows}, folder / "metrics.json")
-        print(f"Results of all runs: {folder / 'index.html'}")
+        print(f"Results of this study: {folder / 'index.html'}")
 
 
 def make_row(run):
@@ -1291,7 +1299,12 @@ def print_table(rows):
 
 
 def is_in_study(folder):
-    return "-seed-" in folder.name
+    return "-seed-" in folder.name and folder.name[-1].isdigit()
+
+
+def get_output_dir(folder):
+    """Return the folder that a run, or its study, lies in."""
+    return folder.parent.parent if is_in_study(folder) else folder.parent
 
 
 @functools.cache  # by time: a file that has changed is read again
@@ -1300,7 +1313,7 @@ def read_run(folder, time_changed):
     config = read_config(folder)
     run = json.loads((folder / "metrics.json").read_bytes())
     curve = smooth(run.pop("losses")).get()
-    every = len(curve) // 200 + 1  # more points cannot be seen
+    every = len(curve) // 200 + 1  # points in a chart of many curves
     run["curve"] = np.round(curve[every - 1 :: every], 4).tolist()
     names = "settings", "recipe", "title", "parameters", "device"
     run |= {name: config[name] for name in names} | {"curve_every": every}
@@ -1311,7 +1324,7 @@ def read_runs(folder):
     """Return what the overview shows of a folder's runs, by name."""
     runs = {}
     for pattern in "*/metrics.json", "*/*/metrics.json":  # runs; those of studies
-        for path in sorted(folder.glob(pattern), reverse=True):
+        for path in folder.glob(pattern):
             with suppress(Exception):  # not a run, or it cannot be read
                 run = read_run(path.parent, path.stat().st_mtime_ns)
                 name = path.parent.relative_to(folder).as_posix()
@@ -1323,10 +1336,12 @@ def write_overviews(folder):
     """Write index.html beside a run; and beside its study, if it is in one."""
     if RANK > 0:
         return
-    output_dir = folder.parent.parent if is_in_study(folder) else folder.parent
+    folder = folder.resolve()  # "." has no parent
+    output_dir = get_output_dir(folder)
     for parent in {folder.parent, output_dir}:
-        runs = sorted(read_runs(parent).values(), key=lambda run: run["name"])
-        values = {"kind": "runs", "runs": runs[::-1], "name": parent.name}
+        runs = read_runs(parent)
+        newest_first = [runs[name] for name in sorted(runs, reverse=True)]
+        values = {"kind": "runs", "runs": newest_first, "name": parent.name}
         values["is_study"] = parent != output_dir
         values["defaults"] = {name: FLAGS[name][0] for name in FLAGS}
         if runs:
@@ -1543,13 +1558,14 @@ def predict_files(args):
             problem = f"not clear; closest: {answer}"
         answer = f"no answer: {problem}" if problem else answer
         print(f"{name}: {answer}")
-        title = f"{name[-60:]}\n{answer}"  # the font is Latin
-        title = title.encode("latin-1", "replace").decode("latin-1")
+        title = f"{name[-60:]}\n{answer}"
+        title = title.encode("utf-8", "replace").decode()  # a name may be no text
         answers.append((image, row.numpy(), title, GREY if problem else BLUE))
     if answers:
         picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
-        save_picture(picture, draw_bars, *zip(*answers[:100]))
-        print(f"Picture: {picture}")
+        save_picture(picture, draw_bars, *zip(*answers[:100]))  # not too large
+        if picture.exists():
+            print(f"Picture: {picture}")
     return status
 
 
@@ -1563,7 +1579,7 @@ ROOM = 6_000_000  # bytes of a page for weights; all else takes less than 2 MB
 
 
 def encode(array):
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return base64.b64encode(np.asarray(array).tobytes()).decode()
 
 
 def encode_digits(digits):
@@ -1696,11 +1712,14 @@ def take_snapshot(recorder):
 
 
 def is_page(path):
-    return path.exists() and PAGE_TITLE in path.read_bytes()[:500]
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        return PAGE_TITLE in file.read(500)
 
 
 def write_page(path, values):
     """Write a page: the parts in data/page, joined, with `values` in it."""
+    if RANK > 0:
+        return
     values = values | {"folder": str(path.parent.resolve()), "written": time.time()}
     data = json.dumps(values).replace("<", "\\u003c")  # no text may end the script
     try:
@@ -1735,11 +1754,15 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
     "output_dir": (OUTPUT_DIR, None, "where the runs are kept"),
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
-PLACES = "device", "data_dir", "output_dir", "comet"  # decide no result
+PLACES = "device", "data_dir", "output_dir", "comet"  # not of the experiment
+
+
+def as_flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def as_flags(values):
-    return [f"--{name.replace('_', '-')}={values[name]}" for name in values]
+    return [f"{as_flag(name)}={values[name]}" for name in values]
 
 
 def read_settings(argv=None):
@@ -1756,8 +1779,7 @@ def read_settings(argv=None):
         kind = type(allowed[0]) if allowed else str
         choices = allowed if kind is str else None
         meaning += " (default: %(default)s)"
-        flag = "--" + name.replace("_", "-")
-        add(flag, default=default, type=kind, choices=choices, help=meaning)
+        add(as_flag(name), default=default, type=kind, choices=choices, help=meaning)
     add("--compare", action="store_const", dest="model", const="both")
     add("--resume", type=Path, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
@@ -1771,6 +1793,8 @@ def read_settings(argv=None):
     folder = args.resume
     if folder and folder.is_file():
         folder = folder.parent  # runs/NAME/checkpoint.pt
+    if folder and folder.name in ("", ".."):
+        folder = folder.resolve()  # since "." is no name
     fixed = set()
     if folder and not args.predict:
         places = {name: base[name] for name in PLACES}
@@ -1781,12 +1805,14 @@ def read_settings(argv=None):
     elif args.recipe == "accurate":
         base |= ACCURATE
     args = parser.parse_args(as_flags(base) + typed)
+    if fixed and args.seeds < base["seeds"]:
+        parser.error(f"--seeds: this study has {base['seeds']}; give more")
     if fixed and args.recipe == "accurate":
         fixed.add("epochs")  # its learning rate depends on them
     args.resume = folder
     accurate_adam = args.recipe == "accurate" and args.optimizer == "adam"
     if accurate_adam and args.lr == ACCURATE["lr"]:  # which is for SGD
-        parser.error("--recipe accurate --optimizer adam needs --lr, about 0.003")
+        parser.error("--recipe accurate --optimizer adam needs --lr 0.003 or so")
     if args.checkpoint and not args.predict:
         parser.error("--checkpoint goes with --predict")
     for name in FLAGS:
@@ -1795,8 +1821,8 @@ def read_settings(argv=None):
             text = f"--resume: this run has {name} {base[name]}"
             parser.error(f"{text}; leave {as_flags({name: value})[0]} out")
         if type(value) is not str and not allowed[0] <= value <= allowed[1]:  # or nan
-            flag = as_flags({name: value})[0].partition("=")[0]
-            parser.error(f"{flag} must be from {allowed[0]} to {allowed[1]}")
+            lowest, highest = allowed
+            parser.error(f"{as_flag(name)} must be from {lowest} to {highest}")
     return args
 
 
@@ -1891,7 +1917,11 @@ def main(argv=None):
     useful = useful and (folder / "config.json").exists()
     is_empty = not args.resume and not any(folder.rglob("checkpoint.pt"))
     if useful and resumable:
-        warn(f"continue with: {quote(['python', 'main.py', '--resume', str(folder)])}")
+        command = ["python", "main.py", "--resume", str(folder)]
+        for name in "device", "data_dir", "comet":
+            if getattr(args, name) != FLAGS[name][0]:
+                command += as_flags({name: getattr(args, name)})
+        warn(f"continue with: {quote(command)}")
     elif is_empty and not useful:
         shutil.rmtree(folder, ignore_errors=True)
         write_overviews(folder)
@@ -1905,10 +1935,13 @@ def explain_bug(error):
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = [frame for frame in frames if "self" in frame.f_locals]
     frames = [frame for frame in frames if frame.f_code.co_name == "forward"]
-    if not frames or isinstance(error, (AttributeError, NameError, TypeError)):
+    of_sizes = isinstance(error, RuntimeError) and (
+        "size" in str(error) or "shape" in str(error)
+    )
+    if not frames or not of_sizes:
         return ""
     last = frames[-1]
-    name = last.f_code.co_varnames[1]  # of the input
+    name = "".join(last.f_code.co_varnames[1:2])  # of the input
     shape = tuple(getattr(last.f_locals.get(name), "shape", ()))
     layer = str(last.f_locals["self"]).split("(\n")[0]
     return f"compare the sizes: {name} has the shape {shape} in {layer}"

@@ -128,7 +128,7 @@ def test_many_runs_deleted_runs_and_a_moved_folder(open_page, overview, tmp_path
     assert (root / "index.html").stat().st_size < 2_000_000
     (root / names[5] / "metrics.json").write_text("{")
     shutil.rmtree(root / names[7])
-    main.write_overviews(root / "a run")
+    main.write_overviews(root / "2026-the-seed-net")  # a network's name
     root = root.rename(tmp_path / "moved")
     page = open_page(root / "index.html")
     links = page.evaluate("[...document.querySelectorAll('a')].map((a) => a.href)")

@@ -127,6 +127,7 @@ def test_a_stopped_study_goes_on_and_can_get_more_seeds(tmp_path, study, spawn):
         assert same(resumed.run_dir / name, study.run_dir / name)
     assert [row[1] for row in get_table(resumed)] == ["5", "6", "7"]
     check_means(resumed, "fc")
+    assert main.main(["--resume", str(resumed.run_dir), "--seeds=2"]) == 2  # not fewer
     assert resumed.json("config.json")["settings"]["seeds"] == 3
 
 

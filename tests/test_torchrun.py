@@ -28,30 +28,27 @@ def be_torchrun(arguments, folder, out, environment):
 
 
 class Launch(conftest.Run):
-    """torchrun with main.py, and its processes."""
+    """torchrun with two processes of main.py."""
 
-    def __init__(self, folder, processes, *flags):
-        own = "--standalone", f"--nproc-per-node={processes}", main.__file__
+    def __init__(self, folder):
+        flags = ["--standalone", "--nproc-per-node=2", main.__file__, *LONG]
         environment = conftest.make_environment(folder / "home")
-        flags = [*own, *map(str, flags)]
         super().__init__(flags, folder, environment, be_torchrun)
 
-    def find(self, rank):
-        """Return the process number of a rank."""
-        wanted = f"RANK={rank}".encode()
+    def find_second(self):
+        """Return the process number of rank 1."""
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
                 variables = (place / "environ").read_bytes().split(b"\0")
-                if int(parent) == self.process.pid and wanted in variables:
+                if int(parent) == self.process.pid and b"RANK=1" in variables:
                     return int(place.name)
-        raise LookupError(rank)
+        raise LookupError("RANK=1")
 
 
 @pytest.fixture
 def team(tmp_path):
-    """torchrun with two processes."""
-    launch = Launch(tmp_path / "team", 2, *LONG)
+    launch = Launch(tmp_path / "team")
     yield launch
     with suppress(ProcessLookupError):
         os.killpg(launch.process.pid, signal.SIGKILL)
@@ -115,7 +112,7 @@ def test_a_killed_process_ends_the_other_and_two_go_on(team, spawn, tmp_path):
     alone = conftest.complete(tmp_path / "alone", *LONG)
     team.wait_for(lambda: "Epoch 1/3" in team.stdout)
     begin = time.monotonic()
-    os.kill(team.find(1), signal.SIGKILL)
+    os.kill(team.find_second(), signal.SIGKILL)
     assert team.wait() != 0
     assert time.monotonic() - begin < 45
     assert "TRAINING COMPLETE" not in team.stdout
@@ -123,7 +120,7 @@ def test_a_killed_process_ends_the_other_and_two_go_on(team, spawn, tmp_path):
     epochs = len(checkpoint["history"]["train_loss"])
     assert epochs in (1, 2)
     (line,) = (line for line in messages(team) if "--resume" in line)
-    assert line.endswith(f"--resume {team.run_dir.relative_to(team.folder)}")
+    assert line.endswith(f"{team.run_dir.relative_to(team.folder)} --comet=offline")
     before = set(team.run_dir.glob("*.zip"))
     again, other = fork(spawn, 2, "--resume", team.run_dir, "--comet=offline")
     assert (again.wait(), other.wait()) == (0, 0), again.stderr
