@@ -33,6 +33,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import urllib.request
@@ -1850,14 +1851,26 @@ def catch_signals():
             signal.signal(other, signal.SIG_IGN if LAUNCHED else handler)
         raise KeyboardInterrupt(signum)
 
+    def send_again(ignored):
+        # Python ignores exceptions in finalizers, of matplotlib's old figures for instance.
+        error = ignored.exc_value
+        if isinstance(error, KeyboardInterrupt) and error.args:
+            signal.signal(error.args[0], stop)
+            threading.Timer(0.1, signal.raise_signal, error.args).start()
+        else:
+            sys.__unraisablehook__(ignored)
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
         if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
             with suppress(ValueError):  # not in the main thread
                 before[signum] = signal.signal(signum, stop)
+    hook_before = sys.unraisablehook
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook_before
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
