@@ -1852,7 +1852,7 @@ def catch_signals():
         raise KeyboardInterrupt(signum)
 
     def send_again(ignored):
-        # Python ignores exceptions in finalizers, of matplotlib's old figures for instance.
+        # Python ignores exceptions in finalizers, such as those of old figures.
         error = ignored.exc_value
         if isinstance(error, KeyboardInterrupt) and error.args:
             signal.signal(error.args[0], stop)
