@@ -1,8 +1,4 @@
-"""What Comet gets: online, offline, and when its server refuses, fails, hangs or dies.
-
-The real client talks to servers on the loopback interface. All runs of this file are
-started at once, since much of their time is waiting.
-"""
+"""What Comet gets: online, offline, and when its server refuses, fails, hangs or dies."""
 
 import contextlib
 import io
@@ -162,7 +158,7 @@ def copy_script(folder, **constants):
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """{name: Case}, all ended; "file" has the key in ~/.comet.config."""
+    """{name: Case}: started at once, and ended; "file" has the key in ~/.comet.config."""
     root, cases = tmp_path_factory.mktemp("comet"), {}
     key = {"COMET_API_KEY": KEY}
     names = {"COMET_PROJECT_NAME": "my-project", "COMET_WORKSPACE": "my-team"}

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from hashlib import md5
 
 import conftest
@@ -192,6 +193,14 @@ def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
     assert outcome(run.run_dir) == outcome(stories[signal.SIGINT].whole)
     kept = torch.load(run.run_dir / "checkpoint.pt", weights_only=True)
     assert len(kept["comet_key"]) == 32  # --comet off does not forget it
+
+
+def test_a_signal_while_python_removes_an_object_is_not_lost():
+    """Python ignores exceptions in finalizers."""
+    finalizer = {"__del__": lambda old: signal.raise_signal(signal.SIGTERM)}
+    with pytest.raises(KeyboardInterrupt), main.catch_signals():
+        type("Old", (), finalizer)()
+        time.sleep(5)
 
 
 def be_killed_while_saving(*arguments):
