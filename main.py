@@ -252,6 +252,7 @@ def train_run(args, folder):
     if args.limit:
         images, labels = images[: args.limit], labels[: args.limit]
     epoch_steps = math.ceil(len(labels) / args.batch_size)
+    test_batches = list(make_batches(test_images, test_labels, batch_size=100))
 
     # --- 2. Model, loss, optimizer ---
     # Softmax is inside this loss: the model returns logits.
@@ -301,7 +302,6 @@ def train_run(args, folder):
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
             if RANK == 0:  # only to watch: nothing is to be chosen by it
-                test_batches = make_batches(test_images, test_labels, batch_size=100)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
@@ -313,7 +313,6 @@ def train_run(args, folder):
         # Once more, for the logits (a resumed run may have no epoch left). The accurate
         # recipe averages nine views.
         predictor = ShiftAverage(model) if is_accurate else model
-        test_batches = make_batches(test_images, test_labels, batch_size=100)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
         print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
         digit, label = logits[0].argmax(), test_labels[0]
@@ -987,12 +986,12 @@ def open_experiment(mode, folder, experiment_key):
 
 def end_comet(comet, folder):
     """End the experiment; return in words where the results are."""
-    key = comet.get_key()
+    experiment_key = comet.get_key()
     comet.end()
     location = f"results in {folder}"
     if comet.experiment is None:
         return location
-    archives = Path(comet.directory).glob(f"{key}*.zip")
+    archives = Path(comet.directory).glob(f"{experiment_key}*.zip")
     archive = max(archives, key=os.path.getmtime, default="")
     if not has_metrics(archive):
         return f"{location}; {comet.url or 'Comet got nothing'}"
@@ -1448,8 +1447,8 @@ def find_ink(grey):
     faintest = max(10, 2 * noise, np.ptp(paper) / 4)
     if full < faintest:
         return None
-    noise = min(noise, full / 4)  # texture may look like noise
-    return np.float32((ink - noise) / (full - noise))
+    faint = min(noise, full / 4)  # this much is paper; texture may look like noise
+    return np.float32((ink - faint) / (full - faint))
 
 
 def number_parts(mask, gap):
@@ -1467,9 +1466,9 @@ def look_inside(mask, border=False):
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
-    inside = sides[numbers * holes]  # of each pixel: how long its part is
-    is_frame = inside.max() > 0.08 * max(sides)  # a loop has only specks
-    return inside > 0 if is_frame else mask
+    lengths = sides[numbers * holes]  # of the part that a pixel inside is in
+    is_frame = lengths.max() > 0.08 * max(sides)  # a loop has only specks
+    return lengths > 0 if is_frame else mask
 
 
 def cut_out(ink):
@@ -1597,7 +1596,7 @@ def encode_weights(weights, precision=torch.float32):
     return encoded
 
 
-class OperationRecorder(TorchFunctionMode):
+class OperationTracer(TorchFunctionMode):
     """Writes down the calls of torch functions, for the page to repeat them.
 
     relu(x) becomes {"op": "relu", "args": [{"tensor": 0}], "kwargs": {},
@@ -1650,9 +1649,9 @@ class OperationRecorder(TorchFunctionMode):
 
 
 @torch.no_grad()
-def record_operations(model, image):
+def trace_operations(model, image):
     """Return what model(image) computes, in evaluation mode, call by call."""
-    with OperationRecorder(model.eval(), image) as calls:
+    with OperationTracer(model.eval(), image) as calls:
         logits = model(image)
     return {
         "operations": calls.operations,
@@ -1666,7 +1665,7 @@ def describe_program(model, device):
     """Return the operations of a model, for the page; or why there are none."""
     try:
         image = torch.zeros(1, 1, 28, 28, device=device)
-        return {"program": record_operations(model, image)}
+        return {"program": trace_operations(model, image)}
     except Exception as error:  # noqa: BLE001, the run goes on
         return {"problem": f"recording its operations failed ({error!r:.200})"}
 
@@ -1680,31 +1679,32 @@ def take_snapshot(recorder):
     weights = recorder.model.state_dict()
     # Those that the page uses:
     weights = {n: weights[n] for n in weights if f'{{"weight": "{n}"}}' in text}
-    # How many sets of weights fit: of 2 bytes a number (float16), 8 / 3 as base64. With
-    # room for 1, the page gets the weights in float16; for 2, in float32; for more, those
-    # of earlier epochs, too.
-    size = 1 + 8 / 3 * sum(tensor.numel() for tensor in weights.values())
-    room = math.floor((ROOM - len(text)) / size)
-    if room < 1:
+    free = ROOM - len(text)
+    half_size = 8 / 3 * sum(tensor.numel() for tensor in weights.values())
+    # That is float16, 2 bytes a number, as base64. float32 takes twice as much; what is
+    # left is for those of earlier epochs, in float16.
+    is_half = 2 * half_size > free
+    if half_size > free:
         program, weights = {"problem": "it is too large for a page"}, {}
-    every = math.ceil(args.epochs / max(1, min(8, room - 2)))  # at most 8 of them
+    room = math.floor(free / (half_size + 1) - 2)
+    every = math.ceil(args.epochs / max(1, min(8, room)))  # at most 8 of them
     older = [old for old in recorder.snapshots if old["epoch"] % every == 0]
     recorder.snapshots = older.copy()
-    if room > 2 and epoch % every == 0:
+    if room > 0 and epoch % every == 0:
         half = {name: encode(weights[name].cpu().half()) for name in weights}
         recorder.snapshots.append({"epoch": epoch, "weights": half})
     model = copy.deepcopy(recorder.model).eval()
-    if room == 1:  # the page gets float16: check that
+    if is_half:  # check what the page gets
         model = model.half().float()
     predictor = ShiftAverage(model) if args.recipe == "accurate" else model
     images = load_mnist(args.data_dir)[0][:10]
     with torch.no_grad():
         logits = predictor(normalise(images).to(recorder.device))
-    precision = torch.float16 if room == 1 else torch.float32
+    precision = torch.float16 if is_half else torch.float32
     return program | {
         "mean_std": [MEAN, STD],
         "weights": encode_weights(weights, precision),
-        "half": room == 1,
+        "half": is_half,
         "weights_epoch": epoch,
         "snapshots": older,
         "check": {"images": encode(images), "logits": logits.tolist()},
