@@ -16,7 +16,6 @@ accurate recipe 99.63 ± 0.04 % (README.md).
 
 import argparse
 import base64
-import copy
 import ctypes
 import functools
 import glob
@@ -33,7 +32,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import urllib.request
@@ -56,8 +54,8 @@ from torchsummary import summary
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-# Colab and Jupyter set this variable to a backend that only they have: then the import
-# fails. So it is taken away meanwhile.
+# Colab and Jupyter set MPLBACKEND to a backend that only they have: the import would
+# fail. So it is taken away, and put back below.
 mpl_backend = None
 if "matplotlib" not in sys.modules:
     mpl_backend = os.environ.pop("MPLBACKEND", None)
@@ -65,8 +63,11 @@ try:
     import matplotlib.style
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-except UnicodeError:  # in matplotlibrc: matplotlib has printed its path
-    print("main.py: save that file as UTF-8, or move it away", file=sys.stderr)
+except (OSError, UnicodeError) as error:  # matplotlib has printed which file
+    text = (
+        "matplotlib cannot read its settings: save that file as UTF-8, or move it away"
+    )
+    print(f"main.py: {text} ({error})", file=sys.stderr)
     sys.exit(2)
 
 if mpl_backend:
@@ -151,6 +152,7 @@ MODELS = {"cnn": CNN, "fc": FullyConnectedModel}
 
 # ===== Data ===========================
 
+TRAINING_IMAGES = 60_000
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 1]
 BLACK = -MEAN / STD  # a black pixel, normalised
 
@@ -241,7 +243,7 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
 
 
 def train_run(args, folder):
-    """Train, test and keep one model: main calls train_all, and that calls this."""
+    """Train, test and keep one model. (train_all calls this, once or more.)"""
     is_accurate = args.recipe == "accurate"
     title = args.model.upper()
 
@@ -250,7 +252,8 @@ def train_run(args, folder):
     mnist = [tensor.to(device) for tensor in load_mnist(args.data_dir)]
     images, labels, test_images, test_labels = mnist
     if args.limit:
-        images, labels = images[: args.limit], labels[: args.limit]
+        images = images[: args.limit]
+        labels = labels[: args.limit]
     epoch_steps = math.ceil(len(labels) / args.batch_size)
     test_batches = list(make_batches(test_images, test_labels, batch_size=100))
 
@@ -267,8 +270,9 @@ def train_run(args, folder):
     else:
         options = ACCURATE_SGD if is_accurate else {}
         optimizer = torch.optim.SGD(model.parameters(), args.lr, **options)
-    # Loads the checkpoint of a resumed run into model and optimizer.
     recorder = Recorder(args, folder, device, epoch_steps, model, optimizer)
+    if args.resume:
+        recorder.load_checkpoint()  # into model and optimizer, too
     done = recorder.epochs_done  # 0, unless resumed
     # Learning rate: lr * schedule(step); constant in the classic recipe. last_epoch
     # counts steps here, since scheduler.step() follows each step; -1: no step yet.
@@ -283,7 +287,7 @@ def train_run(args, folder):
         recorder.begin()
         print_title(f"TRAINING {title} MODEL")
         print(model)
-        print_layers(make_model(args.model))  # another one, on the CPU
+        print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(done + 1, args.epochs + 1):
             recorder.start_epoch()
             # No two epochs share a seed (at most 10,000 epochs); a resumed run continues
@@ -295,13 +299,14 @@ def train_run(args, folder):
             batch_size = args.batch_size // WORLD_SIZE
             batches = make_batches(images, labels, batch_size, order)
             if is_accurate:
-                batches = augment(batches, draw_distortions(len(labels))[mine])
+                batches = augment(batches, make_distortions(len(labels))[mine])
             loss, accuracy = train_epoch(
                 ddp_model, batches, loss_function, optimizer, scheduler, recorder.step
             )
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
-            if RANK == 0:  # only to watch: nothing is to be chosen by it
+            if RANK == 0:  # only to watch: choose nothing by it
+                # The test's loss is plain cross-entropy, without label smoothing.
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
@@ -312,16 +317,17 @@ def train_run(args, folder):
         print_title(f"EVALUATING {title} MODEL")
         # Once more, for the logits (a resumed run may have no epoch left). The accurate
         # recipe averages nine views.
-        predictor = ShiftAverage(model) if is_accurate else model
+        predictor = make_predictor(model, args.recipe)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
         print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
         digit, label = logits[0].argmax(), test_labels[0]
         print(f"Single Image Prediction: {digit}, Actual Label: {label}")
 
-        # --- 5. Keep: model.pt, metrics.json, pictures, page ---
+        # --- 5. Keep ---
         digits = Digits(test_images, logits.softmax(dim=1), test_labels)
-        recorder.keep(test_loss, test_accuracy, digits)
+        recorder.keep(test_loss, test_accuracy, digits)  # writes model.pt
         save_pictures(digits, folder)
+        # At the end of `with` the recorder writes metrics.json and the page once more.
     print(f"All runs: {get_output_dir(folder) / 'index.html'}")
     print_title(f"TRAINING COMPLETE - {recorder.location}")
 
@@ -338,7 +344,8 @@ def select_device(name="auto"):
         except UserError as error:
             warn(f"{error}; using the CPU")
             return torch.device("cpu")
-    with explaining(f"--device {name}: try cpu (GPUs {gpus}, processes {LOCAL_SIZE})"):
+    here = f"GPUs {gpus}, processes {LOCAL_SIZE}"
+    with explaining(f"--device {name} does not work here ({here}); try cpu"):
         device = torch.device(name)
         if LAUNCHED and device.type == "cuda":  # each process has its own
             device = torch.device("cuda", LOCAL_RANK)
@@ -374,7 +381,9 @@ def check_model(model, loss_function, images, labels):
     if shape != (len(images), 10):
         text = f"{type(model).__name__}.forward must return logits (N, 10) for N images"
         found = shape or f"a {type(logits).__name__}"
-        raise UserError(f"{text}; for {len(images)} images it returned {found}", 1)
+        raise UserError(
+            f"{text}; for {len(images)} images it returned {found}", status=1
+        )
     loss_function(logits, labels).backward()
 
 
@@ -397,7 +406,7 @@ def count_parameters(model):
 
 
 # ===== The accurate recipe ============
-# The training ends above; all that follows are helpers. This recipe was chosen as in
+# All that follows are helpers of the run above. This recipe was chosen as in
 # tests/README.md: a schedule, distorted images, and nine views of each in the test.
 
 ACCURATE_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
@@ -431,12 +440,15 @@ def one_cycle(total, step):
     return max(0.0, min(rise, fall))  # LambdaLR asks once more after the last step
 
 
-def draw_distortions(count):
+def make_distortions(count):
     """Return random affine maps (count, 2, 3), after Simard et al. 2003."""
-    angle, shear, width, height, x, y = 2 * torch.rand(6, count) - 1  # from -1 to 1
-    angle, shear = math.radians(ANGLE) * angle, math.radians(ANGLE) * shear
-    width, height = 1 + SCALE * width, 1 + SCALE * height
-    x, y = SHIFT / 14 * x, SHIFT / 14 * y  # affine_grid's unit is 14 pixels
+    random = 2 * torch.rand(6, count) - 1  # from -1 to 1
+    angle = math.radians(ANGLE) * random[0]
+    shear = math.radians(ANGLE) * random[1]
+    width = 1 + SCALE * random[2]
+    height = 1 + SCALE * random[3]
+    x = SHIFT / 14 * random[4]  # affine_grid's unit is 14 pixels
+    y = SHIFT / 14 * random[5]
     cos, sin = angle.cos(), angle.sin()
     # The rotation times [[width, shear], [0, height]]; and the shift:
     top = torch.stack([width * cos, shear * cos - height * sin, x], dim=1)
@@ -477,6 +489,10 @@ class ShiftAverage(nn.Module):
         return torch.stack([self.model(view) for view in views]).mean(dim=0)
 
 
+def make_predictor(model, recipe):
+    return ShiftAverage(model) if recipe == "accurate" else model
+
+
 # ===== The recorder ===================
 # What shows and saves the progress of training. LossHistory and PeriodicPlotter have
 # the interface of mitdeeplearning.util 0.7.5.
@@ -484,8 +500,8 @@ class ShiftAverage(nn.Module):
 # In the order of save_epoch:
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
-# Attributes that are in checkpoint.pt:
-RESUMED = "history", "losses", "snapshots", "comet_key"
+# Attributes that are in checkpoint.pt, beside model and optimizer:
+RESUMED = "history", "losses", "snapshots", "comet_key", "is_online"
 
 
 class LossHistory:
@@ -546,7 +562,6 @@ class Recorder:
     """Shows and saves the progress of training, however it ends."""
 
     def __init__(self, args, folder, device, epoch_steps, model, optimizer):
-        """If the folder has a checkpoint, continue from it."""
         self.args = args
         self.folder = folder
         self.device = device
@@ -558,9 +573,8 @@ class Recorder:
         self.losses = []
         self.snapshots = []
         self.comet_key = None
-        if (folder / "checkpoint.pt").exists():
-            self.load_checkpoint(folder / "checkpoint.pt")
-        self.smoothed = smooth(self.losses)
+        self.is_online = False
+        self.smoothed = smooth([])
         png = folder / "loss_curve.png"
         self.plotter = PeriodicPlotter(2, "iteration", "smoothed loss", "semilogy", png)
         self.comet = Tracker()
@@ -571,17 +585,22 @@ class Recorder:
         self.shown_time = 0
         self.page_time = 0
 
-    def load_checkpoint(self, path):
-        compare_configs(read_config(self.folder), self.config)
+    def load_checkpoint(self):
+        """Continue from the folder's checkpoint, if it has one."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():  # of a study: this run has not begun
+            return
         if RANK == 0:
             for partial in self.folder.glob("*.part"):  # the run was killed
                 partial.unlink()
-        with explaining(f"{path} is damaged; start a new run"):
-            saved = torch.load(path, "cpu", weights_only=True)
+        with explaining(f"{path} or config.json is damaged; start a new run"):
+            compare_configs(read_config(self.folder), self.config)
+            saved = load_tensors(path)
             load_weights([self.model], saved["model"], path)
             self.optimizer.load_state_dict(saved["optimizer"])
             for name in RESUMED:
                 setattr(self, name, saved[name])
+        self.smoothed = smooth(self.losses)
         if self.epochs_done > self.args.epochs:
             raise UserError(
                 f"--epochs: this run has done {self.epochs_done}; give more"
@@ -608,14 +627,16 @@ class Recorder:
         self.comet.set_name(self.folder.name)
         self.comet.log_parameters(settings | self.config["recipe"])
         self.comet.set_model_graph(str(self.model))
-        if self.comet.url is None:  # a new archive needs the earlier epochs, too
+        was_online = self.is_online
+        self.is_online = self.comet.url is not None
+        if not (was_online and self.is_online):  # then it needs the earlier epochs, too
             for step, loss in enumerate(self.losses, 1):
                 self.comet.log_metric("loss", loss, step=step)
             for epoch in range(1, self.epochs_done + 1):
                 self.log_epoch(epoch)
         save_json(self.config, self.folder / "config.json")
-        self.program = describe_program(self.model, self.device)
-        self.page_data = take_snapshot(self)
+        self.recording = record_operations(self.model, self.device)
+        self.page_data, self.snapshots = describe_network(self)
         self.save("training")
 
     def start_epoch(self):
@@ -625,6 +646,8 @@ class Recorder:
 
     def step(self, loss):
         """Take a step's loss, a tensor: read and shown every 0.2 s."""
+        if INTERRUPTS:
+            raise KeyboardInterrupt(INTERRUPTS[0])
         self.new_losses.append(loss)
         if time.monotonic() - self.shown_time >= 0.2:
             self.show()
@@ -633,8 +656,8 @@ class Recorder:
         """Read the new losses; keep, track and show them."""
         losses = [loss.item() for loss in self.new_losses]
         self.new_losses.clear()
-        # At most 10 a second: Comet takes 12,000 values a minute in all.
-        every = math.ceil(len(losses) / 2) if self.comet.url else 1
+        # Comet takes 12,000 values a minute in all, 40 in 0.2 s: at most 20 of the loss.
+        every = math.ceil(len(losses) / 20) if self.comet.url else 1
         for loss in losses:
             check_finite(loss, "loss")
             self.losses.append(loss)
@@ -666,7 +689,7 @@ class Recorder:
         save_tensors(checkpoint, self.folder / "checkpoint.pt")
         self.history = history  # not before it is saved: a Ctrl-C may come
         self.log_epoch(self.epochs_done)
-        self.page_data = take_snapshot(self)
+        self.page_data, self.snapshots = describe_network(self)
         self.save("training")
 
     def log_epoch(self, epoch):
@@ -733,9 +756,9 @@ class Recorder:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
         try:
             if self.page_data:  # the run had begun
-                self.plotter.draw(self.smoothed.get())
                 message = str(error) if state == "failed" else ""
                 self.save(state, message, needed=state == "finished")
+                self.plotter.draw(self.smoothed.get())
             for path in sorted(self.folder.glob("*.png")):
                 self.comet.log_image(str(path), path.stem)
             self.comet.log_asset(str(self.folder / "report.html"), "report.html")
@@ -754,6 +777,9 @@ def check_finite(value, name):
 BLUE = "#0072B2"  # of what is right; all three are colour-blind safe
 VERMILION = "#D55E00"  # of what is wrong
 GREY = "#999999"
+# With 256 levels, whatever image.lut is set to:
+GREYS = matplotlib.colormaps["gray"].resampled(256)
+ORANGES = matplotlib.colormaps["Oranges"].resampled(256)
 
 
 class Digits:
@@ -835,7 +861,7 @@ def draw_grid(images, titles, colours):
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
     for n, image in enumerate(images):
         x, y = 31 * (n % columns) + 1, 37 * (n // columns) + 8
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
+        axes.imshow(image, GREYS, vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
         width = 4 if colours[n] == VERMILION else 1
         axes.add_patch(Rectangle((x, y), 28, 28, fill=False, ec=colours[n], lw=width))
         axes.text(x, y - 1, titles[n], color=colours[n], size=9, parse_math=False)
@@ -852,7 +878,7 @@ def draw_bars(images, probabilities, titles, colours):
     figure.subplots_adjust(bottom=0.2 / rows, top=1 - 0.2 / rows)
     for n, image in enumerate(images):
         axes = figure.add_subplot(rows, 3 * columns, 3 * n + 1)
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.imshow(image, GREYS, vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[], anchor="N")
         axes.set_title(
             titles[n], color=colours[n], size=9, loc="left", parse_math=False
@@ -873,7 +899,7 @@ def draw_confusions(digits):
     mistakes = matrix - np.diag(matrix.diagonal())
     figure = Figure(figsize=(6.7, 6))
     axes = figure.add_axes((0.17, 0.09, 0.81, 0.9))
-    axes.imshow(mistakes, cmap="Oranges", vmax=max(1, 2 * mistakes.max()))
+    axes.imshow(mistakes, ORANGES, vmax=max(1, 2 * mistakes.max()))
     for (row, column), count in np.ndenumerate(matrix):
         colour = BLUE if row == column else "black"
         axes.text(column, row, count or "·", ha="center", va="center", color=colour)
@@ -923,7 +949,7 @@ class Tracker:
 
 
 def start_comet(mode, folder, experiment_key):
-    """Return a Tracker, for a new experiment or an old one; and what to say of it."""
+    """Return a Tracker of a new or an old experiment; and its address, or why not."""
     if mode == "off" or RANK > 0:
         return Tracker(), "off"
     for name, value in COMET_DEFAULTS.items():
@@ -937,7 +963,7 @@ def start_comet(mode, folder, experiment_key):
         if isinstance(error, (ImportError, ValueError)):
             reason += f": {error}".partition("\n")[0]
         else:  # its text may have the API key in it
-            reason += " (is something wrong in ~/.comet.config?)"
+            reason += " (look at your variables COMET_… and at ~/.comet.config)"
         if isinstance(error, ModuleNotFoundError) and "comet_ml" in str(error):
             reason = "needs: pip install comet-ml"
     if mode != "auto":
@@ -946,14 +972,14 @@ def start_comet(mode, folder, experiment_key):
 
 
 def open_experiment(mode, folder, experiment_key):
-    """Do what start_comet does; raise whatever Comet raises."""
+    """Return what start_comet returns; raise whatever Comet raises."""
     import comet_ml
 
     hide = COMET_API_KEY not in NO_KEY  # the code and its git patch show the key
     api_key = comet_ml.get_config("comet.api_key") or COMET_API_KEY
     if mode == "online" and api_key in NO_KEY:
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
-    directory = os.environ.get("COMET_OFFLINE_DIRECTORY", str(folder))
+    directory = os.environ.get("COMET_OFFLINE_DIRECTORY") or str(folder)
     if not experiment_key and is_in_study(folder):
         # Else all runs of the study would have the same COMET_EXPERIMENT_KEY.
         experiment_key = os.urandom(16).hex()
@@ -979,7 +1005,8 @@ def open_experiment(mode, folder, experiment_key):
             if experiment.alive:
                 return Tracker(experiment, directory), experiment.url
         if mode == "online":
-            raise UserError("--comet online: no answer, or the API key is wrong", 1)
+            text = "--comet online: no answer, or the API key is wrong"
+            raise UserError(text, status=1)
     experiment = comet_ml.start(online=False, **options)
     return Tracker(experiment, directory), target
 
@@ -1033,7 +1060,8 @@ def explaining(what):
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001
-        raise UserError(f"{what}: {error!r:.300}") from None
+        reason = getattr(error, "strerror", None) or repr(error)
+        raise UserError(f"{what}: {reason:.300}") from None
 
 
 @functools.cache  # each text once
@@ -1048,7 +1076,7 @@ def quote(words):
 
 
 def describe(args, device, model):
-    """Return what decides a run's result, and what else one wants to know of it."""
+    """Return what config.json says of a run: its settings, its network, its computer."""
     settings = {name: getattr(args, name) for name in FLAGS}
     decisive = {name: settings[name] for name in FLAGS if name not in PLACES}
     packages = torch, torchvision, np, matplotlib
@@ -1102,14 +1130,17 @@ def load_weights(models, weights, path):
 def load_predictor(path):
     """Return the model of a file, or of a folder's newest run."""
     path = Path(path)
+    if path.suffix == ".pt" and not path.exists():
+        raise UserError(f"there is no file {path}")
     if not path.is_file():  # a folder: take its newest run
         found = sorted(path.rglob("model.pt"), key=os.path.getmtime)
         if not found:
             raise UserError(f"no model.pt in {path}: python main.py makes one")
         path = found[-1]
-    with explaining(f"{path} is damaged, or not saved by this script"):
-        weights = torch.load(path, "cpu", weights_only=True)  # runs no code
-        weights = weights.get("model", weights)  # of a checkpoint.pt
+    weights = load_tensors(path)
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} holds no weights: give the model.pt of a run")
+    weights = weights.get("model", weights)  # of a checkpoint.pt
     settings = {}
     names = list(MODELS)
     if (path.parent / "config.json").exists():
@@ -1119,8 +1150,7 @@ def load_predictor(path):
         raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
     models = [make_model(name) for name in names]
     model = load_weights(models, weights, path)
-    is_accurate = settings.get("recipe") == "accurate"
-    return (ShiftAverage(model) if is_accurate else model).eval(), path
+    return make_predictor(model, settings.get("recipe")).eval(), path
 
 
 def make_run_folder(output_dir, name):
@@ -1164,6 +1194,17 @@ def save_tensors(values, path):
     content = io.BytesIO()
     torch.save(values, content)
     write(path, content.getbuffer())
+
+
+def load_tensors(path):
+    """Return what save_tensors has written. No code in the file is run."""
+    with explaining(f"cannot read {path}"):
+        content = io.BytesIO(Path(path).read_bytes())
+    try:
+        return torch.load(content, "cpu", weights_only=True)
+    except Exception:  # noqa: BLE001, its long text recommends to run such code
+        text = f"{path} is damaged, or not written by main.py: give another file"
+        raise UserError(text) from None
 
 
 def read_archive(path, md5):
@@ -1214,7 +1255,7 @@ def join_processes(args):
     if not LAUNCHED:
         yield
         return
-    if args.batch_size % WORLD_SIZE or (args.limit or 60_000) % WORLD_SIZE:
+    if args.batch_size % WORLD_SIZE or (args.limit or TRAINING_IMAGES) % WORLD_SIZE:
         text = "--batch-size and the number of images (60,000, or --limit)"
         raise UserError(f"{text} must be divisible by {WORLD_SIZE}")
     device = select_device(args.device)
@@ -1250,7 +1291,7 @@ def train_all(args, folder):
     before = read_runs(folder)
     epochs = {name: len(run["train_loss"]) for name, run in before.items()}
     if max(epochs.values(), default=0) > args.epochs:
-        raise UserError("--epochs: a run of this study has done more; give more")
+        raise UserError("--epochs: one of these runs has done more; give more")
     settings = {name: getattr(args, name) for name in FLAGS}
     save_json({"settings": settings}, folder / "config.json")
     names = [f"{model_name}-seed-{seed}" for seed, model_name in pairs]
@@ -1298,7 +1339,7 @@ def print_table(rows):
 
 
 def is_in_study(folder):
-    return "-seed-" in folder.name and folder.name[-1].isdigit()
+    return "-seed-" in folder.name and (folder.parent / "config.json").exists()
 
 
 def get_output_dir(folder):
@@ -1331,6 +1372,10 @@ def read_runs(folder):
     return runs
 
 
+def get_change_time(run):
+    return run["changed"]
+
+
 def write_overviews(folder):
     """Write index.html beside a run; and beside its study, if it is in one."""
     if RANK > 0:
@@ -1339,7 +1384,7 @@ def write_overviews(folder):
     output_dir = get_output_dir(folder)
     for parent in {folder.parent, output_dir}:
         runs = read_runs(parent)
-        newest_first = [runs[name] for name in sorted(runs, reverse=True)]
+        newest_first = sorted(runs.values(), key=get_change_time, reverse=True)
         values = {"kind": "runs", "runs": newest_first, "name": parent.name}
         values["is_study"] = parent != output_dir
         values["defaults"] = {name: FLAGS[name][0] for name in FLAGS}
@@ -1357,6 +1402,7 @@ PICTURES = ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", 
 PICTURES += ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"
 SIDE = 280  # pixels of the longer side in which a digit is looked for
 BRIGHTNESS = 0.299, 0.587, 0.114  # of red, green and blue: ITU-R BT.601
+MOST_MEMORY = 500_000_000  # bytes of a picture; of a JPEG, after its reduction
 LEAD = 0.2  # at least: an answer's probability minus the second one
 
 
@@ -1364,9 +1410,11 @@ def find_images(names):
     """Return the files of names, folders and patterns such as *.png."""
     files = []
     for name in names:
+        pattern = name
         if os.path.isdir(name):
-            name = os.path.join(glob.escape(name), "*")
-        found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+            pattern = os.path.join(glob.escape(name), "*")
+        found = [name] if os.path.isfile(name) else sorted(glob.glob(pattern))
+        found = [file for file in found if os.path.isfile(file)]
         files += [file for file in found if file.lower().endswith(PICTURES)] or [name]
     return files
 
@@ -1380,6 +1428,8 @@ def read_photo(path):
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # read_frame looks at the size
     try:
         with warnings.catch_warnings(record=True), Image.open(path) as image:
             frames = ImageSequence.Iterator(image)
@@ -1389,16 +1439,21 @@ def read_photo(path):
             return max([read_frame(frame) for frame in frames], key=np.std)
     except UnidentifiedImageError:
         reason = "not an image (try JPEG; for HEIC: pip install pillow-heif)"
-    except Image.DecompressionBombError:
-        reason = "more than 178 million pixels: save it smaller"
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
         reason = getattr(error, "strerror", None) or error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if os.path.isdir(path):
+        reason = "there is no picture in this folder"
     raise UserError(f"cannot read {path}: {reason}")
 
 
 def read_frame(image):
     """Return the grey levels of an open image, reduced if it is large."""
     image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a smaller size
+    pixel_size = 1 if image.mode == "L" else 4  # bytes, in Pillow's memory
+    if image.width * image.height * pixel_size > MOST_MEMORY:
+        raise ValueError("it is too large: save it smaller, or as JPEG")
     if image.mode[0] in "IF":  # 16 or 32 bits
         levels = np.array(ImageOps.exif_transpose(image), np.float32)
         known = np.isfinite(levels)
@@ -1420,6 +1475,12 @@ def read_frame(image):
     return strongest if np.std(strongest) > 3 * np.std(grey) else grey
 
 
+def without_margin(image):
+    """Return the inner part: crops and scans may leave margins in other colours."""
+    margin = min(image.shape) // 10
+    return image[margin : len(image) - margin, margin : image.shape[1] - margin]
+
+
 def find_ink(grey):
     """Return the ink: 0 on paper, 1 in a full stroke; or None.
 
@@ -1431,7 +1492,8 @@ def find_ink(grey):
     # Strokes are the few pixels that differ much from what is around them: the cube
     # keeps the sign and weights large differences most.
     around = scipy.ndimage.gaussian_filter(small, size / 10, mode="mirror")
-    if ((around - small) ** 3).sum() < 0:  # light ink on dark paper
+    contrast = without_margin(around - small)
+    if (contrast**3).sum() < 0:  # light ink on dark paper
         grey, small = -grey, -small
     # In a window wider than strokes, the light levels are the paper's.
     paper, window = small, size // 2 + 1
@@ -1524,8 +1586,7 @@ def prepare_photo(grey):
     """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
     picture = Image.fromarray(np.asarray(grey, np.float32))
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
-    margin = min(grey.shape) // 64  # crops and scans may leave a white one
-    inner = grey[margin : len(grey) - margin, margin : grey.shape[1] - margin]
+    inner = without_margin(grey)
     grey = grey.clip(inner.min(), inner.max())
     ink = find_ink(grey)
     if ink is None:
@@ -1661,8 +1722,8 @@ def trace_operations(model, image):
     }
 
 
-def describe_program(model, device):
-    """Return the operations of a model, for the page; or why there are none."""
+def record_operations(model, device):
+    """Return {"program": operations}, for the page; or {"problem": why not}."""
     try:
         image = torch.zeros(1, 1, 28, 28, device=device)
         return {"program": trace_operations(model, image)}
@@ -1670,45 +1731,54 @@ def describe_program(model, device):
         return {"problem": f"recording its operations failed ({error!r:.200})"}
 
 
-def take_snapshot(recorder):
-    """Return the weights for the page, and logits to check them by."""
-    args = recorder.args
+def describe_network(recorder):
+    """Return a network as the page needs it; and the run's snapshots, with a new one."""
     epoch = recorder.epochs_done
-    program = recorder.program
-    text = json.dumps(program)
+    recording = recorder.recording
+    text = json.dumps(recording)
     weights = recorder.model.state_dict()
     # Those that the page uses:
-    weights = {n: weights[n] for n in weights if f'{{"weight": "{n}"}}' in text}
+    weights = {n: weights[n] for n in weights if f'"weight": {json.dumps(n)}' in text}
     free = ROOM - len(text)
+    # In float16, 2 bytes a number, as base64:
     half_size = 8 / 3 * sum(tensor.numel() for tensor in weights.values())
-    # That is float16, 2 bytes a number, as base64. float32 takes twice as much; what is
-    # left is for those of earlier epochs, in float16.
-    is_half = 2 * half_size > free
+    is_half = 2 * half_size > free  # else there is room for float32
     if half_size > free:
-        program, weights = {"problem": "it is too large for a page"}, {}
-    room = math.floor(free / (half_size + 1) - 2)
-    every = math.ceil(args.epochs / max(1, min(8, room)))  # at most 8 of them
+        recording = {"problem": "it is too large for a page"}
+        weights = {}
+    # Earlier epochs get what the latest weights leave, in float32.
+    room = math.floor(free / (half_size + 1)) - 2
+    every = math.ceil(recorder.args.epochs / max(1, min(8, room)))  # at most 8 of them
     older = [old for old in recorder.snapshots if old["epoch"] % every == 0]
-    recorder.snapshots = older.copy()
+    newest = []
     if room > 0 and epoch % every == 0:
         half = {name: encode(weights[name].cpu().half()) for name in weights}
-        recorder.snapshots.append({"epoch": epoch, "weights": half})
-    model = copy.deepcopy(recorder.model).eval()
-    if is_half:  # check what the page gets
-        model = model.half().float()
-    predictor = ShiftAverage(model) if args.recipe == "accurate" else model
-    images = load_mnist(args.data_dir)[0][:10]
-    with torch.no_grad():
-        logits = predictor(normalise(images).to(recorder.device))
+        newest.append({"epoch": epoch, "weights": half})
     precision = torch.float16 if is_half else torch.float32
-    return program | {
+    page_data = recording | {
         "mean_std": [MEAN, STD],
         "weights": encode_weights(weights, precision),
         "half": is_half,
         "weights_epoch": epoch,
         "snapshots": older,
-        "check": {"images": encode(images), "logits": logits.tolist()},
+        "check": compute_check(recorder, is_half),
     }
+    return page_data, older + newest
+
+
+@torch.no_grad()
+def compute_check(recorder, is_half):
+    """Return ten images and their logits: the page checks itself by them."""
+    args = recorder.args
+    model = recorder.model
+    if is_half:  # as the page gets it
+        weights = model.state_dict()
+        model = make_model(args.model, recorder.device)
+        model.load_state_dict({name: weights[name].half() for name in weights})
+    images = load_mnist(args.data_dir)[0][:10]
+    predictor = make_predictor(model, args.recipe).eval()
+    logits = predictor(normalise(images).to(recorder.device))
+    return {"images": encode(images), "logits": logits.tolist()}
 
 
 def is_page(path):
@@ -1743,12 +1813,12 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
     "recipe": (RECIPE, ("classic", "accurate"), "the settings below, as a whole"),
     "model": (MODEL, (*MODELS, "both"), "a network of MODELS; both: fc and cnn"),
     "epochs": (EPOCHS, (1, 10_000), "passes over the training images"),
-    "batch_size": (BATCH_SIZE, (1, 60_000), "images per step"),
+    "batch_size": (BATCH_SIZE, (1, TRAINING_IMAGES), "images per step"),
     "lr": (LR, (1e-9, 1e9), "learning rate"),
     "optimizer": (OPTIMIZER, ("sgd", "adam"), "what updates the weights"),
     "seed": (SEED, (0, 2**32 - 1), "of initial weights and shuffling"),
     "seeds": (SEEDS, (1, 1000), "number of runs: SEED, SEED + 1, ..."),
-    "limit": (LIMIT, (0, 60_000), "train on the first N images; 0: all"),
+    "limit": (LIMIT, (0, TRAINING_IMAGES), "train on the first N images; 0: all"),
     "device": (DEVICE, None, "auto, cpu, mps, cuda, cuda:1, ..."),
     "data_dir": (DATA_DIR, None, "folder with MNIST/raw/*.gz"),
     "output_dir": (OUTPUT_DIR, None, "where the runs are kept"),
@@ -1765,8 +1835,7 @@ def as_flags(values):
     return [f"{as_flag(name)}={values[name]}" for name in values]
 
 
-def read_settings(argv=None):
-    """Return the settings, a Namespace; argparse exits if one is wrong."""
+def make_parser():
     parser = argparse.ArgumentParser(
         prog="main.py",
         usage="python main.py [flags] (see --help)",
@@ -1784,21 +1853,31 @@ def read_settings(argv=None):
     add("--resume", type=Path, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
+    return parser
+
+
+def read_settings(argv=None):
+    """Return the settings, a Namespace; argparse exits if one is wrong."""
+    parser = make_parser()
     # Parsed twice: first to see which recipe or run is asked for, then with its settings
     # before what was typed, which wins. They are given as flags, since argparse does not
     # check defaults.
     typed = sys.argv[1:] if argv is None else list(argv)
     base = {name: details[0] for name, details in FLAGS.items()}
     args = parser.parse_args(as_flags(base) + typed)
+    if args.predict and args.resume:
+        parser.error("--predict does not go with --resume")
     folder = args.resume
+    if folder:
+        folder = folder.resolve()  # since "." has no name and no parent
     if folder and folder.is_file():
         folder = folder.parent  # runs/NAME/checkpoint.pt
-    if folder and folder.name in ("", ".."):
-        folder = folder.resolve()  # since "." is no name
-    fixed = set()
-    if folder and not args.predict:
+    fixed = set()  # names of the settings that stay as they were
+    if folder:
         places = {name: base[name] for name in PLACES}
         base |= read_config(folder)["settings"] | places
+        if base["model"] not in FLAGS["model"][1]:
+            parser.error(f"{folder} is of {base['model']}: add it to MODELS in main.py")
         fixed = FLAGS.keys() - {"epochs", *PLACES}
         if base["seeds"] > 1 or base["model"] == "both":
             fixed.remove("seeds")  # a study can get more
@@ -1806,7 +1885,7 @@ def read_settings(argv=None):
         base |= ACCURATE
     args = parser.parse_args(as_flags(base) + typed)
     if fixed and args.seeds < base["seeds"]:
-        parser.error(f"--seeds: this study has {base['seeds']}; give more")
+        parser.error(f"--seeds: there are runs of {base['seeds']} seeds; give more")
     if fixed and args.recipe == "accurate":
         fixed.add("epochs")  # its learning rate depends on them
     args.resume = folder
@@ -1840,37 +1919,31 @@ def tune_cpu():
         torch.set_num_threads(min(processors, torch.get_num_threads()))
 
 
+# Numbers of the signals that came. Recorder.step looks here, too, since Python ignores
+# exceptions in finalizers, such as those of old figures.
+INTERRUPTS = []
+
+
 @contextmanager
 def catch_signals():
     """Turn Ctrl-C, SIGTERM and SIGHUP into a KeyboardInterrupt."""
     before = {}
+    INTERRUPTS.clear()
 
     def stop(signum, frame):
+        INTERRUPTS.append(signum)
         for other, handler in before.items():  # torchrun sends it twice
             signal.signal(other, signal.SIG_IGN if LAUNCHED else handler)
         raise KeyboardInterrupt(signum)
-
-    hook_before = sys.unraisablehook
-
-    def send_again(ignored):
-        # Python ignores exceptions in finalizers, such as those of old figures.
-        error = ignored.exc_value
-        if isinstance(error, KeyboardInterrupt) and error.args:
-            signal.signal(error.args[0], stop)
-            threading.Timer(0.1, signal.raise_signal, error.args).start()
-        else:
-            hook_before(ignored)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
         if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
             with suppress(ValueError):  # not in the main thread
                 before[signum] = signal.signal(signum, stop)
-    sys.unraisablehook = send_again
     try:
         yield
     finally:
-        sys.unraisablehook = hook_before
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -1884,10 +1957,8 @@ def main(argv=None):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     folder = None
     status = 1
-    # Of the folder: an error in the input or a bug leaves none behind, unless a run in it
-    # has finished an epoch; all others can be resumed but those that diverged.
-    useful = True
-    resumable = True
+    useful = True  # the folder; not after wrong input or a bug in the first epoch
+    resumable = True  # not if the training has diverged
     try:
         args = read_settings(argv)
         if args.predict:

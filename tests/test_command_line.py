@@ -78,6 +78,8 @@ def test_an_unknown_or_lonely_flag_is_refused(refusal):
     for flag in ("--epochen=3", "--Epochs=3", "-e", "word", "--epochs", "--resume"):
         assert flag in refusal(flag)
     assert "--predict" in refusal("--checkpoint", "model.pt")
+    assert "--resume" in refusal("--predict", "7.png", "--resume", "runs/NAME")
+    assert "no file x.pt" in refusal("--predict", "7.png", "--checkpoint", "x.pt")
 
 
 def test_what_is_there_and_what_is_possible_is_told(refusal, tmp_path):
@@ -176,7 +178,11 @@ def test_resume_keeps_the_settings_and_takes_what_may_change(settings_of, traine
     assert (kept | changed).items() <= found.items() and found["resume"] == finished
 
 
-def test_resume_wants_the_folder_of_a_run(refusal, tmp_path):
+def test_resume_wants_the_folder_of_a_run(refusal, trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delitem(main.FLAGS, "model")
+        patch.setitem(main.FLAGS, "model", ("fc", ("fc", "both"), "a network"))
+        assert "is of cnn: add it to MODELS" in refusal("--resume", trained("cnn"))
     for path in ("nothing_there", tmp_path):
         assert "not a run folder" in refusal("--resume", path)
     for text in (b"", b"7", b'{"settings": []}', b"\xff\0", b"[" * 100_000):

@@ -209,5 +209,5 @@ def test_auto_takes_the_best_device(monkeypatch, capsys, there, best):
         if name in ("cpu", *there.split()):
             assert main.select_device(name) == torch.device(name)
         else:
-            with pytest.raises(main.UserError, match=f"--device {name}: .* cpu"):
+            with pytest.raises(main.UserError, match=f"--device {name} .* cpu"):
                 main.select_device(name)

@@ -76,16 +76,13 @@ def test_the_current_figure_is_left_alone(plotter, curve, monkeypatch):
 
 
 def test_the_axes_have_scale_and_labels(plotter):
-    for scale, x, y in (
-        (None, "linear", "linear"),
-        ("semilogx", "log", "linear"),
-        ("semilogy", "linear", "log"),
-        ("loglog", "log", "log"),
-    ):
+    names = {None: (0, 0), "semilogx": (1, 0), "semilogy": (0, 1), "loglog": (1, 1)}
+    for scale, is_log in names.items():
         drawing = plotter(scale=scale)
         drawing.draw([2, 1])
         (axes,) = drawing.figure.axes
-        assert (axes.get_xscale(), axes.get_yscale()) == (x, y)
+        assert axes.get_xscale() == ("linear", "log")[is_log[0]]
+        assert axes.get_yscale() == ("linear", "log")[is_log[1]]
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "y")
     with pytest.raises(ValueError, match="semilog"):
         plotter(scale="semilog")

@@ -106,7 +106,7 @@ def test_a_study_has_the_same_page_with_means(open_page, overview):
     assert (path.parent / link).resolve() == overview.resolve()
     assert [row["run"] for row in get_rows(page)] == [run["name"] for run in runs]
     assert set(get_key(page)) == {f"{m}, seed {s}" for m in ("cnn", "fc") for s in "56"}
-    for model, row in zip(("fc", "cnn"), get_rows(page, "tfoot"), strict=True):
+    for model, row in zip(("cnn", "fc"), get_rows(page, "tfoot"), strict=True):
         own = [run for run in runs if run["settings"]["model"] == model]
         values = [100 * run["test_accuracy"] for run in own]
         assert row["run"] == f"{model}: mean ± standard deviation of 2 seeds"
@@ -128,7 +128,9 @@ def test_many_runs_deleted_runs_and_a_moved_folder(open_page, overview, tmp_path
     assert (root / "index.html").stat().st_size < 2_000_000
     (root / names[5] / "metrics.json").write_text("{")
     shutil.rmtree(root / names[7])
-    main.write_overviews(root / "2026-the-seed-net")  # a network's name
+    for name in "2026-the-seed-net", "wide-seed-3":  # no studies
+        main.write_overviews(root / name)
+    assert not (tmp_path / "index.html").exists()
     root = root.rename(tmp_path / "moved")
     page = open_page(root / "index.html")
     links = page.evaluate("[...document.querySelectorAll('a')].map((a) => a.href)")
@@ -156,14 +158,17 @@ def test_it_reloads_while_a_run_trains(open_page, overview, tmp_path):
     page.get_by_text("training, epoch 3 of 3").wait_for()
     page.clock.run_for(60_000)
     page.get_by_text("no news, after 2 of 3 epochs").wait_for()
+    assert "may have been ended" in page.locator("#news").inner_text()
 
 
 def test_with_one_run_it_says_what_to_try_next(open_page, overview):
     data = read_data(overview)
     data["runs"] = [run for run in data["runs"] if run["name"] == NAMES["fc"]]
-    data["defaults"] = {**data["runs"][0]["settings"], "limit": 0}
+    settings = data["runs"][0]["settings"]
+    data["defaults"] = settings | {"limit": 0, "output_dir": "runs"}
+    settings["output_dir"] = "my runs"
     command = open_page(data).locator("#command").inner_text()
-    assert command == "python main.py --limit 6000 --lr 0.1"
+    assert command == 'python main.py --limit 6000 --output-dir "my runs" --lr 0.1'
 
 
 def test_layout_contrast_and_print(page):
@@ -185,7 +190,8 @@ HISTORIES = [  # training loss, test loss, training accuracy, what the page says
     ([0.9, 0.8], [0.4, 0.4], 0.9, "below the training loss .* a few more epochs"),
     ([0.9, None], [0.4, None], 0.9, "diverged"),
     ([], [], 0.9, "No epoch was finished"),
-    (FALL, [], 0.9, "not tested after each epoch"),
+    ([1, *FALL], [0.11, 0.1, 0.07, 0.06, 0.0575, 0.0548], 0.9, "still falling"),
+    ([2.4, 5e3], [2.3, 3e3], 0.1, "hardly learned .* exploded"),
     ([0.9, 0.2, 2.3], [0.4, 0.3, 2.3], 0.5, r"lowest \(0.2000\) in epoch 2 .* lower"),
     ([2.4, 2.3], [2.3, 2.3], 0.1, "hardly learned"),
 ]
@@ -204,6 +210,8 @@ def test_the_page_says_in_a_sentence_what_the_curves_show(open_page, trained):
         said = page.evaluate(script, [history, "accurate"])
         assert ("label smoothing" in said) == ("epoch 2 (90.00 %)" in said)
         assert "overfits" not in said and "above" not in said
+    axis = "makeScales([[1, 0.1], [2, 1e20]], {log: true, end: 0}).high"
+    assert page.evaluate(axis) < 3  # one loss that exploded hides no other
     page.evaluate("find('charts').replaceChildren(); showEpochCurves(run)")
     for chart in page.locator("#charts figure").all():
         assert re.search("—— training.*- - - test", chart.inner_text())

@@ -65,7 +65,7 @@ function read() {
   const time = performance.now() - start;
   if (digit) fastest = Math.min(time, fastest || time);
   const isDrawing = place.pointer !== null;
-  explain(isSure && !isDrawing && !isSlow() ? pixels : null, best(chances));
+  explain(isSure && !isDrawing ? pixels : null, best(chances));
 }
 
 // Returns what to say, and whether it is an answer.
@@ -142,27 +142,36 @@ let explaining = 0;  // counts the maps: a new one ends the one before
 async function explain(pixels, answer) {
   const mine = ++explaining;
   find("rests").hidden = true;
-  const falls = pixels && await measureFalls(pixels, answer, () => mine === explaining);
-  if (!falls) return;
-  find("rests").hidden = false;
-  const most = highest(falls);
-  const colourOf = (n) => colourFall(pixels[n], falls[n] / Math.max(most, 0.02));
-  paint(find("falls"), [...pixels.keys()], colourOf);
+  if (!pixels) return;
+  find("falls").hidden = isSlow();
+  if (isSlow()) {
+    find("rests-note").textContent = "This network takes too long here to find out.";
+    find("rests").hidden = false;
+    return;
+  }
+  const found = await measureFalls(pixels, answer, () => mine === explaining);
+  if (!found) return;
+  const {falls, most} = found;
+  const strong = Math.max(highest(falls), 0.02);
+  paint(find("falls"), [...pixels.keys()], (n) => colourFall(pixels[n], falls[n] / strong));
   const points = Math.round(100 * most);
   find("rests-note").textContent = most < 0.01
     ? `No single part decides: cover any ${PATCH}×${PATCH} pixels, and it stays ${answer}.`
-    : `Orange: cover this part, and the probability of ${answer} falls, ` +
-      `by up to ${points} percentage point${points === 1 ? "" : "s"}.`;
+    : `Orange: cover ${PATCH}×${PATCH} pixels here, and the probability of ${answer} falls, ` +
+      `by up to about ${points} percentage point${points === 1 ? "" : "s"}.`;
+  find("rests").hidden = false;
 }
 
-// Returns for each pixel how much the patches on it matter, on average; null if interrupted.
+// Returns for each pixel how much the patches on it matter, on average, and the most that one
+// patch matters; null if interrupted.
 async function measureFalls(pixels, answer, isWanted) {
   await pause();
   if (!isWanted()) return null;
   const weights = weightsOf(chosen);
-  const chanceOf = (image) => toChances(compute(image, weights).logits)[answer];
+  const chanceOf = (image) => toChances(classify(image, weights).logits)[answer];
   const falls = new Float64Array(784);
   const covers = new Float64Array(784);
+  let most = 0;
   let start = performance.now();
   const before = chanceOf(pixels);
   for (let top = 1 - PATCH; top < 28; top += 2) {
@@ -172,6 +181,7 @@ async function measureFalls(pixels, answer, isWanted) {
       const covered = Uint8Array.from(pixels);
       for (const n of places) covered[n] = 0;
       const fall = isInked ? before - chanceOf(covered) : 0;
+      most = Math.max(most, fall);
       for (const n of places) {
         falls[n] += fall;
         covers[n] += 1;
@@ -182,7 +192,7 @@ async function measureFalls(pixels, answer, isWanted) {
       start = performance.now();
     }
   }
-  return falls.map((fall, n) => Math.max(0, fall / covers[n]));
+  return {falls: falls.map((fall, n) => Math.max(0, fall / covers[n])), most};
 }
 
 function patchAt(top, left) {

@@ -5,6 +5,7 @@ const LEFT = 44;  // of the plot, in an image of 316 × 285
 const RIGHT = 308;
 const TOP = 8;
 const BOTTOM = 245;
+const LOG_END = 2;  // a logarithmic axis ends at 100: a loss above it has exploded
 
 // Returns round numbers from low to high, at most `most` steps apart.
 function ticks(low, high, most = 5) {
@@ -36,23 +37,26 @@ function choosePoints({values, every = 1}, log) {
 }
 
 // Returns functions from data to the image: across(x) and up(y); and the ends of the axes.
-function makeScales(points, {log, level, end}) {
+function makeScales(points, {log, end}) {
   const scaled = log ? Math.log10 : (y) => y;
-  const ys = points.map(([, y]) => y).concat(level ?? []).map(scaled);
-  const space = 0.06 * (highest(ys) - lowest(ys)) || 0.05 * Math.abs(ys[0]) || 0.05;
+  const ys = points.map(([, y]) => scaled(y));
+  const most = log ? Math.max(LOG_END, lowest(ys)) : Infinity;
+  const top = Math.min(highest(ys), most);  // what is higher is drawn at the upper edge
+  const space = 0.06 * (top - lowest(ys)) || 0.05 * Math.abs(ys[0]) || 0.05;
   const low = lowest(ys) - space;
-  const high = highest(ys) + space;
+  const high = top + space;
   const right = highest([end, ...points.map(([x]) => x)]);
   const left = right > 1 ? 1 : 0;
   const across = (x) => LEFT + (RIGHT - LEFT) * (x - left) / (right - left);
-  const up = (y) => BOTTOM - (BOTTOM - TOP) * (scaled(y) - low) / (high - low);
+  const height = (y) => (Math.min(scaled(y), high) - low) / (high - low);
+  const up = (y) => BOTTOM - (BOTTOM - TOP) * height(y);
   return {across, up, left, right, low, high};
 }
 
 // Adds a chart. lines: [{values, every, colour, dash, name}, …], every: steps per value;
-// level: the y of the test result; end: the last x to come.
+// end: the last x to come.
 function chart(title, xlabel, lines, options = {}) {
-  const {log = false, level, format = (y) => y.toFixed(4), tick = tickText, end = 0} = options;
+  const {log = false, format = (y) => y.toFixed(4), tick = tickText, end = 0} = options;
   const figure = make(find("charts"), "figure");
   make(figure, "h3", {}, title);
   const drawn = lines.map((line) => ({...line, points: choosePoints(line, log)}));
@@ -66,9 +70,8 @@ function chart(title, xlabel, lines, options = {}) {
   const [from, to] = [points[0], points[points.length - 1]].map(([, y]) => format(y));
   const label = `${title}: from ${from} to ${to}`;
   const svg = make(figure, "svg", {viewBox: "0 0 316 285", role: "img", "aria-label": label});
-  const scales = makeScales(points, {log, level, end});
+  const scales = makeScales(points, {log, end});
   drawAxes(svg, scales, xlabel, log, tick);
-  if (level !== undefined) drawLevel(svg, scales.up(level));
   for (const line of drawn) drawLine(figure, svg, scales, line);
 }
 
@@ -88,12 +91,6 @@ function drawAxes(svg, {across, up, left, right, low, high}, xlabel, log, tick) 
     write(svg, across(x), BOTTOM + 17, x.toLocaleString("en"));
   }
   write(svg, (LEFT + RIGHT) / 2, BOTTOM + 34, xlabel);
-}
-
-// The test result: a dashed line at height y of the image.
-function drawLevel(svg, y) {
-  make(svg, "line", {x1: LEFT, x2: RIGHT, y1: y, y2: y, class: "level"});
-  write(svg, LEFT + 4, y + (y < BOTTOM / 2 ? 15 : -5), "test", "start");
 }
 
 function drawLine(figure, svg, {across, up}, line) {

@@ -72,7 +72,7 @@ const heightOf = ({top, bottom}) => bottom - top;
 function areSeveral(parts, main) {
   const all = boxOf(parts.flatMap(({top, left, bottom, right}) =>
     [top * SIZE + left, (bottom - 1) * SIZE + right - 1]));
-  if (widthOf(all) > 2 * heightOf(all)) return true;
+  if (parts.length > 1 && widthOf(all) > 2 * heightOf(all)) return true;
   return parts.some((part) => {
     if (part === main || heightOf(part) < heightOf(main) / 2) return false;
     const across = Math.max(part.left, main.left) - Math.min(part.right, main.right);
@@ -169,7 +169,7 @@ function clear() {
   context.fillStyle = "#000";
   context.fillRect(0, 0, SIZE, SIZE);
   falsified = readInk().some((value) => value > FAINT);
-  Object.assign(place, {x: 140, y: 60, down: false});
+  Object.assign(place, {x: 140, y: 60, down: false, pointer: null});
   showPen();
   setDrawn(false);
 }
@@ -207,6 +207,13 @@ function endStroke(event) {
   readSoon();
 }
 
+// The system has taken a touch for a palm, or for a gesture.
+function undoStroke(event) {
+  if (event.pointerId !== place.pointer) return;
+  context.putImageData(place.before, 0, 0);
+  endStroke(event);
+}
+
 const STEPS = {ArrowLeft: [-8, 0], ArrowRight: [8, 0], ArrowUp: [0, -8], ArrowDown: [0, 8]};
 
 function pressKey(event) {
@@ -231,12 +238,14 @@ function listen() {
   paper.addEventListener("pointerdown", startStroke);
   paper.addEventListener("pointermove", continueStroke);
   paper.addEventListener("pointerup", endStroke);
-  paper.addEventListener("pointercancel", endStroke);
+  paper.addEventListener("pointercancel", undoStroke);
   paper.addEventListener("focus", showPen);
   paper.addEventListener("keydown", pressKey);
   find("clear").addEventListener("click", clear);
   // A page that is reloaded has its drawing again.
-  addEventListener("pagehide", () => remember({drawing: drawn ? paper.toDataURL() : null}));
+  addEventListener("pagehide", () => {
+    remember({drawing: drawn && !falsified ? paper.toDataURL() : null});
+  });
 }
 
 async function restoreDrawing() {

@@ -38,10 +38,12 @@ function isInUse() {
   return Boolean(isFocused || isDrawing || isZoomed || String(getSelection()));
 }
 
-// Whether this is the file that the run writes, and not a copy of it.
+const getFile = () => `${run.folder}/${run.kind === "runs" ? "index" : "report"}.html`;
+
+// Whether this is surely the file that the run writes, and not a copy of it.
 function isOriginal() {
   const path = decodeURIComponent(location.pathname);
-  return location.protocol === "file:" && path.endsWith(`${run.folder}/report.html`);
+  return location.protocol === "file:" && path.endsWith(getFile().replaceAll("\\", "/"));
 }
 
 // Says why there is no news. A run has some every 5 seconds, a study after each of its runs.
@@ -51,8 +53,8 @@ function explainSilence(same) {
     return;
   }
   const time = new Date(1000 * run.written).toLocaleString("en-GB");
-  tell(`This is a copy from ${time}: reloading it brings nothing new. ` +
-    `The file itself is ${run.folder}/report.html.`);
+  tell(`This is a copy from ${time}, or the run has been ended: reloading it brings nothing new. ` +
+    `The file itself is ${getFile()}.`);
 }
 
 // longest: the seconds between two news.

@@ -2,32 +2,25 @@
 // What the curves of a run show: does it overfit?
 
 const CLEAR_RISE = 1.1;  // of the test loss: less may be chance
-const NO_TESTS = "The network was not tested after each epoch, so overfitting cannot be seen here.";
 
 // Draws the losses of each epoch in one picture, and the accuracies in another one.
-function showEpochCurves({history, results, settings, state}) {
+function showEpochCurves({history, settings, state}) {
   const end = state === "training" ? settings.epochs : 0;
   const tick = (y) => `${Number((100 * y).toPrecision(4))} %`;
   const losses = pairCurves(history.train_loss, history.test_loss_per_epoch);
   const accuracies = pairCurves(history.train_accuracy, history.test_accuracy_per_epoch);
-  // An old run has no curve of the test, but its result.
-  const isOld = losses.length === 1;
-  const levels = isOld ? [results.test_loss, results.test_accuracy] : [];
-  chart("Loss per epoch", "epoch", losses, {end, level: levels[0]});
-  const options = {end, level: levels[1], format: percent, tick};
-  chart("Accuracy per epoch", "epoch", accuracies, options);
+  chart("Loss per epoch", "epoch", losses, {end});
+  chart("Accuracy per epoch", "epoch", accuracies, {end, format: percent, tick});
 }
 
-function pairCurves(training, test = []) {
-  const line = {values: training, name: "training"};
+function pairCurves(training, test) {
   const other = {values: test, name: "test", colour: "var(--vermilion)", dash: "5 4"};
-  return test.length ? [line, other] : [line];
+  return [{values: training, name: "training"}, other];
 }
 
 // Returns one or two sentences. history: lists with a value for each epoch.
 function describeCurves(history, settings, state, message = "") {
-  const {train_loss: training, train_accuracy: accuracy} = history;
-  const test = history.test_loss_per_epoch ?? [];
+  const {train_loss: training, train_accuracy: accuracy, test_loss_per_epoch: test} = history;
   const isDiverged = state === "failed" && message.includes("diverged");
   if (isDiverged || ![...training, ...test].every(Number.isFinite)) {
     return "The training diverged: the loss became infinite or not a number. " +
@@ -36,7 +29,6 @@ function describeCurves(history, settings, state, message = "") {
   if (!training.length) return "No epoch was finished, so there is nothing to compare yet.";
   const failure = describeFailure(training, accuracy);
   if (failure) return failure;
-  if (test.length !== training.length) return NO_TESTS;
   if (settings.recipe === "accurate") {
     return describeAccurate(training, test, history.test_accuracy_per_epoch);
   }
@@ -49,9 +41,11 @@ function describeFailure(loss, accuracy) {
   const last = loss.length - 1;
   const lowestLoss = lowest(loss);
   if (accuracy[last] < 0.2) {
-    return `The network has hardly learned anything: its training accuracy is ` +
-      `${percent(accuracy[last], 0)}, and guessing gives 10 %. The learning rate is too high or ` +
-      "too low, or there were too few steps.";
+    const reason = loss[last] > 10  // equal probabilities for all digits give 2.3
+      ? "The loss has exploded: try a lower learning rate."
+      : "The learning rate is too high or too low, or there were too few steps.";
+    return "The network has hardly learned anything: its training accuracy is " +
+      `${percent(accuracy[last], 0)}, and guessing gives 10 %. ${reason}`;
   }
   if (loss[last] > 1.5 * lowestLoss + 0.2) {
     return `The training loss was lowest (${lowestLoss.toFixed(4)}) in epoch ` +
@@ -94,7 +88,7 @@ function describeTrend(training, test, isTraining) {
     return isTraining ? "" : "Overfitting can be seen after a few more epochs.";
   }
   if (least === last) {
-    const isFalling = test[last - 1] - test[last] > 0.03 * (test[0] - test[last]);
+    const isFalling = test[last - 2] - test[last] > 0.05 * test[last];  // in two epochs
     return isFalling
       ? "The test loss is still falling: more epochs may help."
       : "The test loss has levelled off, but it does not rise.";

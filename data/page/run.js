@@ -38,7 +38,7 @@ function showHero(done) {
   const {history, results} = run;
   let value = "–";
   let name = "no epoch finished yet";
-  let note = "The network was not tested.";
+  let note = "The run ended before the final test.";
   if (results.test_accuracy !== undefined) {
     value = percent(results.test_accuracy);
     name = "test accuracy";

@@ -171,9 +171,9 @@ function showRunRow(body, line, columns, lines) {
 
 // Sorts the rows, and the key of the curves with them. Missing values come last.
 function sortOverview(lines, columns, heads) {
-  const {name, direction} = recall().sort ?? {name: "run", direction: -1};
-  const number = Math.max(0, columns.findIndex((column) => column[0] === name));
-  const valueOf = columns[number][1];
+  const {name, direction} = recall().sort ?? {};  // at first the newest run is above
+  const number = columns.findIndex((column) => column[0] === name);
+  const valueOf = columns[number]?.[1] ?? (() => null);
   const isMissing = (value) => (value ?? null) === null;
   const compare = ({one}, {one: other}) => {
     const [a, b] = [valueOf(one), valueOf(other)];
@@ -248,16 +248,20 @@ const longestEpoch = ({epoch_seconds: seconds}) => highest(seconds?.length ? sec
 
 // Between two runs of a study, none trains.
 function keepOverviewUpToDate(runs) {
-  const training = runs.filter((one) => one.state === "training" && !isSilent(one));
+  const unfinished = runs.filter((one) => one.state === "training");
+  const training = unfinished.filter((one) => !isSilent(one));
   const isNew = Date.now() / 1000 - run.written < 20;
+  const {same} = recall();  // reloads that brought nothing new
   if (training.length || isNew) keepUpToDate(highest([0, ...training.map(longestEpoch)]));
+  else if (unfinished.length && same !== undefined) explainSilence(same);
   addEventListener("pagehide", () => remember({focus: document.activeElement.id}));
   find(recall().focus || "title")?.focus({preventScroll: true});
 }
 
 function suggestExperiment(section, {settings}) {
-  const flagOf = (name) => `--${name.replaceAll("_", "-")} ${settings[name]}`;
-  const names = Object.keys(settings).filter((name) => !["lr", ...IGNORED].includes(name));
+  const quote = (value) => (/^[\w./:-]+$/.test(value) ? value : `"${value}"`);
+  const flagOf = (name) => `--${name.replaceAll("_", "-")} ${quote(settings[name])}`;
+  const names = Object.keys(settings).filter((name) => !["lr", "data_dir"].includes(name));
   const others = names.filter((name) => settings[name] !== (run.defaults ?? settings)[name]);
   const lr = settings.lr > 0.03 ? settings.lr / 10 : 10 * settings.lr;
   const flags = [...others.map(flagOf), `--lr ${Number(lr.toPrecision(3))}`];
