@@ -17,6 +17,7 @@ accurate recipe 99.63 ± 0.04 % (README.md).
 import argparse
 import base64
 import ctypes
+import errno
 import functools
 import glob
 import gzip
@@ -27,6 +28,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -47,6 +49,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import distributed, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
@@ -234,7 +237,7 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
         correct += (logits.argmax(dim=1) == labels).sum()
         all_logits.append(logits)
     model.train(was_training)
-    all_logits = torch.cat(all_logits)
+    all_logits = torch.cat(all_logits).float()
     count = len(all_logits)
     return float(loss_sum) / count, int(correct) / count, all_logits
 
@@ -251,11 +254,8 @@ def train_run(args, folder):
     device = select_device(args.device)
     mnist = [tensor.to(device) for tensor in load_mnist(args.data_dir)]
     images, labels, test_images, test_labels = mnist
-    if args.limit:
-        images = images[: args.limit]
-        labels = labels[: args.limit]
-    epoch_steps = math.ceil(len(labels) / args.batch_size)
-    test_batches = list(make_batches(test_images, test_labels, batch_size=100))
+    count = args.limit or len(labels)  # images to train on
+    epoch_steps = math.ceil(count / args.batch_size)
 
     # --- 2. Model, loss, optimizer ---
     # Softmax is inside this loss: the model returns logits.
@@ -290,23 +290,22 @@ def train_run(args, folder):
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # No two epochs share a seed (at most 10,000 epochs); a resumed run continues
-            # exactly.
+            # A seed of its own (there are at most 10,000): a resumed run goes on exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
             # This process's share; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
-            order = torch.randperm(len(labels))[mine].to(device)
+            order = torch.randperm(count)[mine].to(device)
             batch_size = args.batch_size // WORLD_SIZE
             batches = make_batches(images, labels, batch_size, order)
             if is_accurate:
-                batches = augment(batches, make_distortions(len(labels))[mine])
+                batches = augment(batches, make_distortions(count)[mine])
             loss, accuracy = train_epoch(
                 ddp_model, batches, loss_function, optimizer, scheduler, recorder.step
             )
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
-            if RANK == 0:  # only to watch: choose nothing by it
-                # The test's loss is plain cross-entropy, without label smoothing.
+            if RANK == 0:  # to watch, not to choose by; without label smoothing
+                test_batches = make_batches(test_images, test_labels, batch_size=100)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
@@ -315,19 +314,18 @@ def train_run(args, folder):
 
         # --- 4. Test ---
         print_title(f"EVALUATING {title} MODEL")
-        # Once more, for the logits (a resumed run may have no epoch left). The accurate
-        # recipe averages nine views.
+        # Once more, for the logits; the accurate recipe averages nine views.
         predictor = make_predictor(model, args.recipe)
+        test_batches = make_batches(test_images, test_labels, batch_size=100)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
         print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
         digit, label = logits[0].argmax(), test_labels[0]
         print(f"Single Image Prediction: {digit}, Actual Label: {label}")
 
-        # --- 5. Keep ---
+        # --- 5. Keep: model.pt, pictures; metrics.json and the page as `with` ends ---
         digits = Digits(test_images, logits.softmax(dim=1), test_labels)
-        recorder.keep(test_loss, test_accuracy, digits)  # writes model.pt
+        recorder.keep(test_loss, test_accuracy, digits)
         save_pictures(digits, folder)
-        # At the end of `with` the recorder writes metrics.json and the page once more.
     print(f"All runs: {get_output_dir(folder) / 'index.html'}")
     print_title(f"TRAINING COMPLETE - {recorder.location}")
 
@@ -371,16 +369,17 @@ def make_model(name, device="cpu"):
                 model(images)  # does it still work?
             except RuntimeError:  # its view() fails on channels last
                 model.to(memory_format=torch.contiguous_format)
-    return model.train()
+    model.train()
+    return model
 
 
 def check_model(model, loss_function, images, labels):
     """Compute loss and gradients once; raise whatever is wrong."""
     logits = model(normalise(images))
-    shape = tuple(getattr(logits, "shape", ()))
+    shape = getattr(logits, "shape", None)
     if shape != (len(images), 10):
         text = f"{type(model).__name__}.forward must return logits (N, 10) for N images"
-        found = shape or f"a {type(logits).__name__}"
+        found = f"a {type(logits).__name__}" if shape is None else tuple(shape)
         raise UserError(
             f"{text}; for {len(images)} images it returned {found}", status=1
         )
@@ -486,7 +485,8 @@ class ShiftAverage(nn.Module):
         """Map normalised images (N, 1, 28, 28) to logits (N, 10)."""
         x = F.pad(x, [1, 1, 1, 1], value=BLACK)  # (N, 1, 30, 30)
         views = [x[..., i : i + 28, j : j + 28] for i in range(3) for j in range(3)]
-        return torch.stack([self.model(view) for view in views]).mean(dim=0)
+        logits = [self.model(view.contiguous()) for view in views]  # some view() it
+        return torch.stack(logits).mean(dim=0)
 
 
 def make_predictor(model, recipe):
@@ -580,6 +580,7 @@ class Recorder:
         self.comet = Tracker()
         self.results = {}
         self.page_data = {}
+        self.has_begun = False
         self.new_losses = []
         self.bar = tqdm(disable=True)
         self.shown_time = 0
@@ -637,6 +638,7 @@ class Recorder:
         save_json(self.config, self.folder / "config.json")
         self.recording = record_operations(self.model, self.device)
         self.page_data, self.snapshots = describe_network(self)
+        self.has_begun = True
         self.save("training")
 
     def start_epoch(self):
@@ -755,7 +757,7 @@ class Recorder:
         if state == "stopped" and RANK == 0:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
         try:
-            if self.page_data:  # the run had begun
+            if self.has_begun:
                 message = str(error) if state == "failed" else ""
                 self.save(state, message, needed=state == "finished")
                 self.plotter.draw(self.smoothed.get())
@@ -1083,7 +1085,7 @@ def describe(args, device, model):
     return {
         "settings": settings,
         "recipe": get_recipe_numbers(args),
-        "network": str(model),
+        "network": re.sub(" at 0x[0-9a-f]+", "", str(model)),  # <function f at 0x...>
         "title": type(model).__name__,
         "parameters": count_parameters(model),
         "command": quote(["python", "main.py", *as_flags(decisive)]),
@@ -1148,6 +1150,7 @@ def load_predictor(path):
         names = [settings["model"]]
     if names[0] not in MODELS:
         raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
+    torch.manual_seed(settings.get("seed", 0))  # a network may draw constants
     models = [make_model(name) for name in names]
     model = load_weights(models, weights, path)
     return make_predictor(model, settings.get("recipe")).eval(), path
@@ -1261,7 +1264,7 @@ def join_processes(args):
     device = select_device(args.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend)
-    with redirect_stdout(sys.stdout if RANK == 0 else None):
+    with redirect_stdout(sys.stdout if RANK == 0 else None):  # only rank 0 prints
         yield
     distributed.destroy_process_group()
 
@@ -1459,7 +1462,8 @@ def read_frame(image):
         known = np.isfinite(levels)
         levels[~known] = np.median(levels[known])
         low, high = np.quantile(levels, (0.001, 0.999))  # without hot pixels
-        return np.nan_to_num(255 * (levels - low) / (high - low or 1)).clip(0, 255)
+        levels = 255 * (levels - low) / (high - low or 1)
+        return np.nan_to_num(levels).clip(0, 255)  # huge numbers have overflowed
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGBA")
     image = image.reduce(max(1, max(image.size) // (3 * SIDE)))  # saves memory
@@ -1496,13 +1500,14 @@ def find_ink(grey):
     if (contrast**3).sum() < 0:  # light ink on dark paper
         grey, small = -grey, -small
     # In a window wider than strokes, the light levels are the paper's.
-    paper, window = small, size // 2 + 1
-    for percent in 75, 25:  # without strokes; then without what grew around them
+    paper = small
+    window = size // 2 + 1
+    for percent in 75, 25:  # strokes vanish; then what has grown shrinks again
         paper = scipy.ndimage.percentile_filter(paper, percent, window, mode="nearest")
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of normal noise is below 0.32 standard deviations: this is about two.
+    # A quarter of normal noise is below 0.32 standard deviations: these are about two.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # Of 255 levels. Where the paper's own levels differ much, it may be a shadow.
@@ -1523,19 +1528,19 @@ def number_parts(mask, gap):
 
 
 def look_inside(mask, border=False):
-    """Return what is inside the longest part, if that is a frame; else the mask."""
+    """Return what the longest part of mask or border goes around; or else the mask."""
     numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
     lengths = sides[numbers * holes]  # of the part that a pixel inside is in
-    is_frame = lengths.max() > 0.08 * max(sides)  # a loop has only specks
+    is_frame = lengths.max() > 0.08 * max(sides)  # in a digit's loop are only specks
     return lengths > 0 if is_frame else mask
 
 
 def cut_out(ink):
     """Return the ink of the digit; and True if there is not clearly one."""
-    dark = ink > 0.5  # and not printed lines, which are paler than strokes
+    dark = ink > 0.5  # strokes: printed lines are paler
     border = np.ones_like(dark)
     border[1:-1, 1:-1] = False
     inside = look_inside(dark, border)  # without what touches the border
@@ -1611,7 +1616,9 @@ def predict_files(args):
             warn(str(error))
             status = 2
             continue
-        row = model(normalise(torch.tensor(image[None]))).softmax(dim=1)[0]
+        # Twice, since some networks squeeze() a single image.
+        images = normalise(torch.tensor(np.stack([image, image])))
+        row = model(images).float().softmax(dim=1)[0]
         best, second = row.argsort(descending=True)[:2].tolist()
         answer = f"{best} ({row[best]:.1%}), then {second} ({row[second]:.1%})"
         if row[best] - row[second] < LEAD and not problem:
@@ -1644,8 +1651,8 @@ def encode(array):
 
 def encode_digits(digits):
     rows = np.float64(digits.probabilities).round(4).tolist()
-    images, labels = encode(digits.images), digits.labels.tolist()
-    return {"images": images, "probabilities": rows, "labels": labels}
+    labels = digits.labels.tolist()
+    return {"images": encode(digits.images), "probabilities": rows, "labels": labels}
 
 
 def encode_weights(weights, precision=torch.float32):
@@ -1769,16 +1776,17 @@ def describe_network(recorder):
 @torch.no_grad()
 def compute_check(recorder, is_half):
     """Return ten images and their logits: the page checks itself by them."""
-    args = recorder.args
-    model = recorder.model
-    if is_half:  # as the page gets it
-        weights = model.state_dict()
-        model = make_model(args.model, recorder.device)
-        model.load_state_dict({name: weights[name].half() for name in weights})
-    images = load_mnist(args.data_dir)[0][:10]
-    predictor = make_predictor(model, args.recipe).eval()
-    logits = predictor(normalise(images).to(recorder.device))
-    return {"images": encode(images), "logits": logits.tolist()}
+    images = load_mnist(recorder.args.data_dir)[0][:10]
+    predictor = make_predictor(recorder.model, recorder.args.recipe).eval()
+    weights = predictor.state_dict()
+    for name, tensor in weights.items():
+        if is_half and tensor.is_floating_point():  # as the page gets it
+            weights[name] = tensor.half().to(tensor.dtype)
+    logits = []
+    for image in normalise(images).to(recorder.device):  # one by one, as in the page
+        found = functional_call(predictor, weights, image[None], tie_weights=False)
+        logits.append(found.float().flatten().tolist())
+    return {"images": encode(images), "logits": logits}
 
 
 def is_page(path):
@@ -1802,7 +1810,8 @@ def write_page(path, values):
             page = page.replace(link, f"<style>\n{text}</style>")
             script = f'<script src="{file.name}"></script>'
             page = page.replace(script, f"<script>\n{text}</script>")
-        write(path, page.replace(">null<", f">{data}<", 1).encode(), needed=False)
+        page = page.replace(">null<", f">{data}<", 1)  # <script id="run">null</script>
+        write(path, page.encode(), needed=False)
     except OSError as error:
         warn(f"cannot write {path}: {error}")
 
@@ -1892,10 +1901,13 @@ def read_settings(argv=None):
     accurate_adam = args.recipe == "accurate" and args.optimizer == "adam"
     if accurate_adam and args.lr == ACCURATE["lr"]:  # which is for SGD
         parser.error("--recipe accurate --optimizer adam needs --lr 0.003 or so")
+    if args.model == "both" and not {"cnn", "fc"} <= MODELS.keys():
+        parser.error("--compare needs cnn and fc in MODELS")
     if args.checkpoint and not args.predict:
         parser.error("--checkpoint goes with --predict")
     for name in FLAGS:
-        value, allowed = getattr(args, name), FLAGS[name][1]
+        value = getattr(args, name)
+        allowed = FLAGS[name][1]
         if name in fixed and value != base[name]:
             text = f"--resume: this run has {name} {base[name]}"
             parser.error(f"{text}; leave {as_flags({name: value})[0]} out")
@@ -1969,8 +1981,10 @@ def main(argv=None):
             folder = args.resume or make_run_folder(args.output_dir, args.model)
             train_all(args, folder)
         return 0
-    except SystemExit as end:  # argparse has printed why
-        return end.code
+    except SystemExit as end:  # argparse has printed why; or a network calls exit()
+        status = end.code
+        text = ""
+        useful = False
     except RunError as error:
         text = str(error)
         resumable = error.resumable
@@ -1988,7 +2002,8 @@ def main(argv=None):
     except (MemoryError, torch.OutOfMemoryError):
         text = "out of memory: use --device cpu, or a new run with a smaller batch size"
     except Exception as error:  # noqa: BLE001
-        if getattr(error, "errno", None) and not error.filename:  # of a print
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        if is_full and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}"
         else:  # a bug
             traceback.print_exc()
@@ -2019,10 +2034,10 @@ def explain_bug(error):
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = [frame for frame in frames if "self" in frame.f_locals]
     frames = [frame for frame in frames if frame.f_code.co_name == "forward"]
-    of_sizes = isinstance(error, RuntimeError) and (
-        "size" in str(error) or "shape" in str(error)
-    )
-    if not frames or not of_sizes:
+    words = r"size|shape|dim|element|\dD"  # "expected 2D or 3D input"
+    of_sizes = re.search(words, str(error))
+    kinds = RuntimeError, ValueError, AssertionError
+    if not frames or not of_sizes or not isinstance(error, kinds):
         return ""
     last = frames[-1]
     name = "".join(last.f_code.co_varnames[1:2])  # of the input

@@ -180,8 +180,8 @@ def test_resume_keeps_the_settings_and_takes_what_may_change(settings_of, traine
 
 def test_resume_wants_the_folder_of_a_run(refusal, trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.delitem(main.FLAGS, "model")
-        patch.setitem(main.FLAGS, "model", ("fc", ("fc", "both"), "a network"))
+        model = "fc", ("fc", "both"), "a network"
+        patch.setattr(main, "FLAGS", main.FLAGS | {"model": model})
         assert "is of cnn: add it to MODELS" in refusal("--resume", trained("cnn"))
     for path in ("nothing_there", tmp_path):
         assert "not a run folder" in refusal("--resume", path)

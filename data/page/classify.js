@@ -79,8 +79,12 @@ async function findReason() {
   if (!run.program) return `${run.problem}.`;
   const name = findUnsupported(run.program);
   if (name) return `this page cannot compute ${name}, which the network uses.`;
-  const isFaithful = await checkNetwork().catch(() => false);
-  return isFaithful ? "" : "this page does not compute the same as PyTorch for this network.";
+  try {
+    const isFaithful = await checkNetwork();
+    return isFaithful ? "" : "this page does not compute the same as PyTorch for this network.";
+  } catch (error) {
+    return error.message.replace(/^This/, "this");
+  }
 }
 
 // Whether the page computes what PyTorch has computed, for ten images.

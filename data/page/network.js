@@ -78,7 +78,7 @@ function takeArgument({name, isList, initial}, rest, named) {
     delete named[name];
     return value;
   }
-  if (!rest.length) return initial;
+  if (!rest.length) return isList ? initial ?? [] : initial;
   if (!isList) return rest.shift();
   const values = rest.splice(0);
   return values.length === 1 && Array.isArray(values[0]) ? values[0] : values;
@@ -162,10 +162,17 @@ function runNetwork(program, weights, image) {
   const known = {tensor: tensors, weight: weights, constant: constantsOf(program)};
   if (image.length !== countOf(program.shapes[0])) throw new Error("Not the size of the image.");
   for (const call of program.operations) {
-    const {compute, values, problem} = prepareCall(call);
-    if (problem) throw new Error(`This page cannot compute ${problem}.`);
-    const result = compute(...values.map((value) => resolve(value, known)));
-    storeResults(call.result, result, call.op, program, tensors);
+    storeResults(call.result, computeCall(call, known), call.op, program, tensors);
   }
   return tensors;
+}
+
+function computeCall(call, known) {
+  const {compute, values, problem} = prepareCall(call);
+  if (problem) throw new Error(`This page cannot compute ${problem}.`);
+  try {
+    return compute(...values.map((value) => resolve(value, known)));
+  } catch (error) {
+    throw new Error(`This page cannot compute this ${call.op} (${error.message}).`);
+  }
 }
