@@ -1982,7 +1982,7 @@ def main(argv=None):
             train_all(args, folder)
         return 0
     except SystemExit as end:  # argparse has printed why; or a network calls exit()
-        status = end.code
+        status = end.code or 0
         text = ""
         useful = False
     except RunError as error:

@@ -2,7 +2,6 @@
 
 import functools
 import gzip
-import hashlib
 import http.server
 import os
 import shutil
@@ -27,10 +26,6 @@ TRAIN, TRAIN_LABELS, TEST, TEST_LABELS = SUMS = {
 QUICK = "--model=fc", "--limit=64", "--epochs=1"
 
 
-def md5(data):
-    return hashlib.md5(data).hexdigest()
-
-
 def list_files(folder):
     return {path: path.lstat().st_mtime_ns for path in Path(folder).rglob("*")}
 
@@ -49,7 +44,7 @@ def test_every_byte_is_what_gzip_alone_reads(mnist):
     assert [tensor.dtype for tensor in mnist] == types
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     for (name, md5_sum), tensor in zip(SUMS.items(), mnist):
-        assert md5((RAW / name).read_bytes()) == md5_sum and md5_sum in text
+        assert main.get_md5((RAW / name).read_bytes()) == md5_sum and md5_sum in text
         data = gzip.decompress((RAW / name).read_bytes())
         header = 16 if "images" in name else 8
         assert tensor.to(torch.uint8).numpy().tobytes() == data[header:], name
@@ -133,7 +128,7 @@ def test_missing_files_are_downloaded_and_kept(tmp_path, served, mnist):
     found = main.load_mnist(str(tmp_path / "data"))
     assert all(torch.equal(*pair) for pair in zip(found, mnist))
     raw = tmp_path / "data" / "MNIST" / "raw"
-    assert {path.name: md5(path.read_bytes()) for path in raw.iterdir()} == SUMS
+    assert {p.name: main.get_md5(p.read_bytes()) for p in raw.iterdir()} == SUMS
 
 
 def test_a_mirror_with_another_file_is_an_error(raw, served, refusal):

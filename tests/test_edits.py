@@ -17,7 +17,7 @@ QUICK = "--limit", 500, "--epochs", 2, "--lr", 0.05, "--device", "cpu"
 
 
 class LeNet(nn.Module):
-    """Flattens with view(), which needs weights in the usual order, whatever it says."""
+    """Flattens with view(), which needs weights in the usual order; works in place."""
 
     channels_last = True
 
@@ -30,6 +30,7 @@ class LeNet(nn.Module):
 
     def forward(self, x):
         assert x.shape[1:] == (1, 28, 28)
+        x *= 0.5
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return self.fc2(F.relu(self.fc1(x.view(x.size(0), -1))))
@@ -72,6 +73,8 @@ def test_any_network_trains_resumes_and_predicts(edit, tmp_path, capsys, network
     count = sum(weights.numel() for weights in main.make_model("cnn").parameters())
     assert f"{count:,}" in console
     assert ("No table of layers: " in console) is (network is Recurrent)
+    metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["test_accuracy"] == metrics["test_accuracy_per_epoch"][-1]
     config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
     assert config["network"] == str(main.make_model("cnn"))
     picture = whole / "sample_prediction.png"

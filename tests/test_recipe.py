@@ -121,3 +121,4 @@ def test_the_average_is_that_of_nine_shifted_images(digits):
     found = main.ShiftAverage(model)(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, model(images), atol=1e-3)
+    main.ShiftAverage(lambda x: x.view(len(x), -1))(images)  # a view() is possible

@@ -197,7 +197,8 @@ def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_while_python_removes_an_object_is_not_lost(tmp_path, monkeypatch):
     """Python ignores exceptions in finalizers."""
-    finalizer = {"__del__": lambda old: signal.raise_signal(signal.SIGTERM)}
+    once = [signal.SIGTERM]
+    finalizer = {"__del__": lambda old: once and signal.raise_signal(once.pop())}
     plot = lambda *arguments: type("Old", (), finalizer)()
     monkeypatch.setattr(main.PeriodicPlotter, "plot", plot)
     conftest.run_here(tmp_path, *SMALL, status=143)
