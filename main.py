@@ -318,13 +318,13 @@ def train_run(args, folder):
         predictor = make_predictor(model, args.recipe)
         test_batches = make_batches(test_images, test_labels, batch_size=100)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
+        digits = Digits(test_images, logits.softmax(dim=1), test_labels)
         print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
-        digit, label = logits[0].argmax(), test_labels[0]
-        print(f"Single Image Prediction: {digit}, Actual Label: {label}")
+        single = f"Single Image Prediction: {digits.predictions[0]}"
+        print(f"{single}, Actual Label: {test_labels[0]}")
 
         # --- 5. Keep: model.pt, pictures; metrics.json and the page as `with` ends ---
-        digits = Digits(test_images, logits.softmax(dim=1), test_labels)
-        recorder.keep(test_loss, test_accuracy, digits)
+        recorder.keep(summarise_test(test_loss, test_accuracy, digits), digits)
         save_pictures(digits, folder)
     print(f"All runs: {get_output_dir(folder) / 'index.html'}")
     print_title(f"TRAINING COMPLETE - {recorder.location}")
@@ -559,7 +559,10 @@ class PeriodicPlotter:
 
 
 class Recorder:
-    """Shows and saves the progress of training, however it ends."""
+    """Shows and saves the progress of training, however it ends.
+
+    It ends a training whose loss is not a number: that can be neither shown nor saved.
+    """
 
     def __init__(self, args, folder, device, epoch_steps, model, optimizer):
         self.args = args
@@ -626,7 +629,7 @@ class Recorder:
         print(f"Report: {self.folder / 'report.html'}\nComet: {target}")
         self.comet_key = self.comet.get_key() or self.comet_key
         self.comet.set_name(self.folder.name)
-        self.comet.log_parameters(settings | self.config["recipe"])
+        self.comet.log_parameters(settings | self.config["recipe_numbers"])
         self.comet.set_model_graph(str(self.model))
         was_online = self.is_online
         self.is_online = self.comet.url is not None
@@ -636,7 +639,7 @@ class Recorder:
             for epoch in range(1, self.epochs_done + 1):
                 self.log_epoch(epoch)
         save_json(self.config, self.folder / "config.json")
-        self.recording = record_operations(self.model, self.device)
+        self.recorded = record_program(self.model, self.device)
         self.page_data, self.snapshots = describe_network(self)
         self.has_begun = True
         self.save("training")
@@ -729,23 +732,21 @@ class Recorder:
         write_page(self.folder / "report.html", self.config | self.page_data | now)
         self.page_time = time.monotonic()
 
-    def keep(self, test_loss, test_accuracy, digits):
-        """Save the trained weights and what the test has shown."""
+    def keep(self, results, digits):
+        """Save the trained weights; track and show what the test has shown."""
         path = self.folder / "model.pt"
         weights = self.model.state_dict()
-        for name in weights:
-            weights[name] = weights[name].cpu().contiguous()
+        for name, value in weights.items():
+            if isinstance(value, torch.Tensor):  # get_extra_state() may return others
+                weights[name] = value.cpu().contiguous()
         save_tensors(weights, path)
         self.comet.log_model(self.args.model, str(path))
-        self.results = {
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            "calibration_error": digits.get_calibration_error(),
-        }
-        self.comet.log_metrics(self.results, step=len(self.losses))
-        matrix = digits.count_confusions().tolist()
-        self.comet.log_confusion_matrix(matrix=matrix)
-        self.results["confusion_matrix"] = matrix
+        self.results = results
+        for name, value in results.items():
+            if name == "confusion_matrix":
+                self.comet.log_confusion_matrix(matrix=value)
+            else:
+                self.comet.log_metric(name, value, step=len(self.losses))
         self.page_data["first"] = encode_digits(digits[:20])
         self.page_data["wrong"] = encode_digits(digits.get_mistakes()[:200])
 
@@ -788,7 +789,8 @@ class Digits:
     """Images (N, 28, 28), probabilities (N, 10) and true labels (N,)."""
 
     def __init__(self, images, probabilities, labels):
-        self.images, self.labels = images.cpu(), labels.cpu()
+        self.images = images.cpu()
+        self.labels = labels.cpu()
         self.probabilities = probabilities.cpu()
         self.confidence, self.predictions = self.probabilities.max(dim=1)
         self.correct = self.predictions == self.labels
@@ -816,6 +818,16 @@ class Digits:
         return gaps.abs().sum().item() / len(self.labels)
 
 
+def summarise_test(test_loss, test_accuracy, digits):
+    """Return the results of the test, as metrics.json has them."""
+    return {
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "calibration_error": digits.get_calibration_error(),
+        "confusion_matrix": digits.count_confusions().tolist(),
+    }
+
+
 def save_pictures(digits, folder):
     """Draw test digits, mistakes and the confusion matrix."""
     mistakes = digits.get_mistakes()[:20]
@@ -837,17 +849,17 @@ def save_picture(path, draw, *arguments, **named):
             draw(*arguments, **named).savefig(content, format="png", dpi=100)
         write(path, content.getbuffer(), needed=False)
     except Exception as error:  # noqa: BLE001
-        warn(f"cannot draw {path}: {error!r:.300}")
+        warn(f"cannot draw {path}: {get_reason(error)}")
 
 
 def draw_results(digits, bars=False):
     """Return a Figure of digits, predictions and true labels."""
     titles, colours = [], []
     for n, label in enumerate(digits.labels):
-        sign, colour = ("✓", BLUE) if digits.correct[n] else ("✗", VERMILION)
+        sign = "✓" if digits.correct[n] else "✗"
         prediction = f"predicted {digits.predictions[n]} ({digits.confidence[n]:.1%})"
         titles.append(f"{sign} {prediction}\ntrue label {label}")
-        colours.append(colour)
+        colours.append(BLUE if digits.correct[n] else VERMILION)
     images = digits.images.numpy()
     if bars:
         return draw_bars(images, digits.probabilities.numpy(), titles, colours)
@@ -862,7 +874,8 @@ def draw_grid(images, titles, colours):
     # All in one Axes, since each takes 0.02 s; with 31x37 pixels for each digit.
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
     for n, image in enumerate(images):
-        x, y = 31 * (n % columns) + 1, 37 * (n // columns) + 8
+        x = 31 * (n % columns) + 1
+        y = 37 * (n // columns) + 8
         axes.imshow(image, GREYS, vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
         width = 4 if colours[n] == VERMILION else 1
         axes.add_patch(Rectangle((x, y), 28, 28, fill=False, ec=colours[n], lw=width))
@@ -1054,6 +1067,12 @@ class RunError(UserError):
         self.resumable = resumable
 
 
+def get_reason(error):
+    """Return what any error says, in one line."""
+    text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
+
+
 @contextmanager
 def explaining(what):
     """Turn any error into a UserError."""
@@ -1062,8 +1081,7 @@ def explaining(what):
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001
-        reason = getattr(error, "strerror", None) or repr(error)
-        raise UserError(f"{what}: {reason:.300}") from None
+        raise UserError(f"{what}: {get_reason(error)}") from None
 
 
 @functools.cache  # each text once
@@ -1084,7 +1102,7 @@ def describe(args, device, model):
     packages = torch, torchvision, np, matplotlib
     return {
         "settings": settings,
-        "recipe": get_recipe_numbers(args),
+        "recipe_numbers": get_recipe_numbers(args),
         "network": re.sub(" at 0x[0-9a-f]+", "", str(model)),  # <function f at 0x...>
         "title": type(model).__name__,
         "parameters": count_parameters(model),
@@ -1108,7 +1126,8 @@ def compare_configs(before, now):
     """Raise UserError if a run began with another network or other numbers."""
     lines = []  # the old ones and the new ones, without the class's name
     for config in before, now:
-        numbers = [f"{name} {value}" for name, value in config["recipe"].items()]
+        numbers = config["recipe_numbers"]
+        numbers = [f"{name} {numbers[name]}" for name in numbers]
         lines.append(numbers + config["network"].split("\n")[1:])
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
@@ -1358,7 +1377,7 @@ def read_run(folder, time_changed):
     curve = smooth(run.pop("losses")).get()
     every = len(curve) // 200 + 1  # points in a chart of many curves
     run["curve"] = np.round(curve[every - 1 :: every], 4).tolist()
-    names = "settings", "recipe", "title", "parameters", "device"
+    names = "settings", "recipe_numbers", "title", "parameters", "device"
     run |= {name: config[name] for name in names} | {"curve_every": every}
     return run | {"changed": time_changed / 1e9}  # in seconds
 
@@ -1375,10 +1394,6 @@ def read_runs(folder):
     return runs
 
 
-def get_change_time(run):
-    return run["changed"]
-
-
 def write_overviews(folder):
     """Write index.html beside a run; and beside its study, if it is in one."""
     if RANK > 0:
@@ -1387,7 +1402,7 @@ def write_overviews(folder):
     output_dir = get_output_dir(folder)
     for parent in {folder.parent, output_dir}:
         runs = read_runs(parent)
-        newest_first = sorted(runs.values(), key=get_change_time, reverse=True)
+        newest_first = sorted(runs.values(), key=lambda run: -run["changed"])
         values = {"kind": "runs", "runs": newest_first, "name": parent.name}
         values["is_study"] = parent != output_dir
         values["defaults"] = {name: FLAGS[name][0] for name in FLAGS}
@@ -1717,7 +1732,7 @@ class OperationTracer(TorchFunctionMode):
 
 
 @torch.no_grad()
-def trace_operations(model, image):
+def trace_program(model, image):
     """Return what model(image) computes, in evaluation mode, call by call."""
     with OperationTracer(model.eval(), image) as calls:
         logits = model(image)
@@ -1729,20 +1744,20 @@ def trace_operations(model, image):
     }
 
 
-def record_operations(model, device):
-    """Return {"program": operations}, for the page; or {"problem": why not}."""
+def record_program(model, device):
+    """Return {"program": what trace_program returns}; or {"problem": why not}."""
     try:
         image = torch.zeros(1, 1, 28, 28, device=device)
-        return {"program": trace_operations(model, image)}
+        return {"program": trace_program(model, image)}
     except Exception as error:  # noqa: BLE001, the run goes on
-        return {"problem": f"recording its operations failed ({error!r:.200})"}
+        return {"problem": f"recording its operations failed ({get_reason(error)})"}
 
 
 def describe_network(recorder):
     """Return a network as the page needs it; and the run's snapshots, with a new one."""
     epoch = recorder.epochs_done
-    recording = recorder.recording
-    text = json.dumps(recording)
+    recorded = recorder.recorded
+    text = json.dumps(recorded)
     weights = recorder.model.state_dict()
     # Those that the page uses:
     weights = {n: weights[n] for n in weights if f'"weight": {json.dumps(n)}' in text}
@@ -1751,7 +1766,7 @@ def describe_network(recorder):
     half_size = 8 / 3 * sum(tensor.numel() for tensor in weights.values())
     is_half = 2 * half_size > free  # else there is room for float32
     if half_size > free:
-        recording = {"problem": "it is too large for a page"}
+        recorded = {"problem": "it is too large for a page"}
         weights = {}
     # Earlier epochs get what the latest weights leave, in float32.
     room = math.floor(free / (half_size + 1)) - 2
@@ -1765,9 +1780,10 @@ def describe_network(recorder):
     try:
         check = compute_check(recorder, is_half)
     except Exception as error:  # noqa: BLE001, it is only for the page
-        recording = {"problem": f"its answers could not be computed ({error!r:.200})"}
+        reason = get_reason(error)
+        recorded = {"problem": f"its answers could not be computed ({reason})"}
         check = {"images": "", "logits": []}
-    page_data = recording | {
+    page_data = recorded | {
         "mean_std": [MEAN, STD],
         "weights": encode_weights(weights, precision),
         "half": is_half,
@@ -1842,7 +1858,8 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
     "output_dir": (OUTPUT_DIR, None, "where the runs are kept"),
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
-PLACES = "device", "data_dir", "output_dir", "comet"  # not of the experiment
+# These change no result. A run that is resumed takes them from now:
+PLACES = "device", "data_dir", "output_dir", "comet"
 
 
 def as_flag(name):
@@ -1877,36 +1894,46 @@ def make_parser():
 def read_settings(argv=None):
     """Return the settings, a Namespace; argparse exits if one is wrong."""
     parser = make_parser()
+    typed = sys.argv[1:] if argv is None else list(argv)
+    constants = {name: details[0] for name, details in FLAGS.items()}
     # Parsed twice: first to see which recipe or run is asked for, then with its settings
     # before what was typed, which wins. They are given as flags, since argparse does not
     # check defaults.
-    typed = sys.argv[1:] if argv is None else list(argv)
-    base = {name: details[0] for name, details in FLAGS.items()}
-    args = parser.parse_args(as_flags(base) + typed)
+    args = parser.parse_args(as_flags(constants) + typed)
     if args.predict and args.resume:
         parser.error("--predict does not go with --resume")
-    folder = args.resume
-    if folder:
-        folder = folder.resolve()  # since "." has no name and no parent
-    if folder and folder.is_file():
-        folder = folder.parent  # runs/NAME/checkpoint.pt
-    fixed = set()  # names of the settings that stay as they were
-    if folder:
-        places = {name: base[name] for name in PLACES}
-        base |= read_config(folder)["settings"] | places
-        if base["model"] not in FLAGS["model"][1]:
-            parser.error(f"{folder} is of {base['model']}: add it to MODELS in main.py")
-        fixed = FLAGS.keys() - {"epochs", *PLACES}
-        if base["seeds"] > 1 or base["model"] == "both":
-            fixed.remove("seeds")  # a study can get more
-    elif args.recipe == "accurate":
-        base |= ACCURATE
-    args = parser.parse_args(as_flags(base) + typed)
-    if fixed and args.seeds < base["seeds"]:
-        parser.error(f"--seeds: there are runs of {base['seeds']} seeds; give more")
-    if fixed and args.recipe == "accurate":
-        fixed.add("epochs")  # its learning rate depends on them
+    folder = None
+    saved = {}  # the settings of the run to resume
+    if args.resume:
+        folder = args.resume.resolve()  # since "." has no name and no parent
+        if folder.is_file():
+            folder = folder.parent  # runs/NAME/checkpoint.pt
+        saved = read_config(folder)["settings"]
+        for name in PLACES:
+            del saved[name]
+        if saved["model"] not in FLAGS["model"][1]:
+            text = f"{folder} is of {saved['model']}"
+            parser.error(f"{text}: add it to MODELS in main.py")
+    base = saved
+    if args.recipe == "accurate" and not saved:
+        base = ACCURATE
+    args = parser.parse_args(as_flags(constants | base) + typed)
     args.resume = folder
+    check_settings(parser, args)
+    if saved:
+        compare_settings(parser, args, saved)
+    return args
+
+
+def check_settings(parser, args):
+    """Exit if a setting is out of range, or does not go with another one."""
+    for name in FLAGS:
+        value = getattr(args, name)
+        if type(value) is str:
+            continue
+        lowest, highest = FLAGS[name][1]
+        if not lowest <= value <= highest:  # or it is nan
+            parser.error(f"{as_flag(name)} must be from {lowest} to {highest}")
     accurate_adam = args.recipe == "accurate" and args.optimizer == "adam"
     if accurate_adam and args.lr == ACCURATE["lr"]:  # which is for SGD
         parser.error("--recipe accurate --optimizer adam needs --lr 0.003 or so")
@@ -1914,16 +1941,22 @@ def read_settings(argv=None):
         parser.error("--compare needs cnn and fc in MODELS")
     if args.checkpoint and not args.predict:
         parser.error("--checkpoint goes with --predict")
-    for name in FLAGS:
+
+
+def compare_settings(parser, args, saved):
+    """Exit if a run that is resumed would go on with other settings."""
+    changeable = {"epochs"}
+    if args.recipe == "accurate":
+        changeable.remove("epochs")  # its learning rate depends on them
+    if saved["seeds"] > 1 or saved["model"] == "both":
+        changeable.add("seeds")  # a study can get more
+    for name in saved:
         value = getattr(args, name)
-        allowed = FLAGS[name][1]
-        if name in fixed and value != base[name]:
-            text = f"--resume: this run has {name} {base[name]}"
+        if name not in changeable and value != saved[name]:
+            text = f"--resume: this run has {name} {saved[name]}"
             parser.error(f"{text}; leave {as_flags({name: value})[0]} out")
-        if type(value) is not str and not allowed[0] <= value <= allowed[1]:  # or nan
-            lowest, highest = allowed
-            parser.error(f"{as_flag(name)} must be from {lowest} to {highest}")
-    return args
+    if args.seeds < saved["seeds"]:
+        parser.error(f"--seeds: there are runs of {saved['seeds']} seeds; give more")
 
 
 def tune_cpu():

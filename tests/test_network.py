@@ -109,7 +109,7 @@ def make_case(model, images):
             if tensor.is_floating_point() and tensor.ndim == 1:
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
         expected = torch.stack([model(image.clone()) for image in images])
-    program = main.trace_operations(model, images[0].clone())
+    program = main.trace_program(model, images[0].clone())
     state = model.state_dict().items()
     weights = {name: {"shape": list(t.shape), "data": encode(t)} for name, t in state}
     images = [encode(image) for image in images]

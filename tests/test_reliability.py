@@ -156,7 +156,8 @@ def test_a_stopped_run_says_how_to_go_on_and_keeps_its_epochs(stories, number):
     for name in "train_loss", "train_accuracy", "losses":
         assert kept[name] == whole[name][: len(kept[name])]
     assert "test_accuracy" not in kept
-    assert "momentum" not in read(story.stopped, "config.json")["recipe"]  # of Adam
+    # The run is of Adam:
+    assert "momentum" not in read(story.stopped, "config.json")["recipe_numbers"]
 
 
 @by_signal(*CAUGHT)

@@ -313,7 +313,7 @@ def test_comet_is_ended_when_the_run_cannot_begin(tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "record_operations", stop)
+    monkeypatch.setattr(main, "record_program", stop)
     given = [*QUICK, "--comet=offline", f"--output-dir={tmp_path}"]
     assert main.main(given) == 130
     (archive,) = tmp_path.glob("*/*.zip")

@@ -58,11 +58,11 @@ function describeBest(lines) {
 
 // ----- What differs ----------------------------------------------------------------------------
 
-const settingOf = (one, name) => one.settings[name] ?? one.recipe?.[name];
+const settingOf = (one, name) => one.settings[name] ?? one.recipe_numbers?.[name];
 
 // Returns the names of the settings that differ between the runs.
 function findDifferences(runs, ignored = IGNORED) {
-  const names = runs.flatMap((one) => Object.keys({...one.settings, ...one.recipe}));
+  const names = runs.flatMap((one) => Object.keys({...one.settings, ...one.recipe_numbers}));
   return [...new Set(names)].filter((name) => {
     // Numbers that only one recipe has do not count: the recipe's name says it.
     const values = runs.map((one) => settingOf(one, name)).filter((value) => value !== undefined);
@@ -199,7 +199,7 @@ function showMeans(table, lines, columns) {
   for (const one of finished) {
     const {seed, ...others} = one.settings;
     for (const name of IGNORED) delete others[name];
-    const key = JSON.stringify([others, one.recipe, one.title, one.parameters]);
+    const key = JSON.stringify([others, one.recipe_numbers, one.title, one.parameters]);
     if (!groups.has(key)) groups.set(key, new Map());
     if (!groups.get(key).has(seed)) groups.get(key).set(seed, one);
   }
