@@ -57,8 +57,8 @@ from torchsummary import summary
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-# Colab and Jupyter set MPLBACKEND to a backend that only they have: the import would
-# fail. So it is taken away, and put back below.
+# For notebooks: Colab and Jupyter set MPLBACKEND to a backend that only they have, and
+# the import would fail. So it is taken away, and put back below.
 mpl_backend = None
 if "matplotlib" not in sys.modules:
     mpl_backend = os.environ.pop("MPLBACKEND", None)
@@ -66,11 +66,9 @@ try:
     import matplotlib.style
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-except (OSError, UnicodeError) as error:  # matplotlib has printed which file
-    text = (
-        "matplotlib cannot read its settings: save that file as UTF-8, or move it away"
-    )
-    print(f"main.py: {text} ({error})", file=sys.stderr)
+except (OSError, UnicodeError) as error:
+    text = "matplotlib cannot read its settings: save that file as UTF-8, or move it"
+    print(f"main.py: {text} away ({error})", file=sys.stderr)
     sys.exit(2)
 
 if mpl_backend:
@@ -92,7 +90,7 @@ SEED = 0  # for the initial weights and the shuffling
 SEEDS = 1  # number of runs, with SEED, SEED + 1, ...
 LIMIT = 0  # train on the first LIMIT images only; 0: on all 60,000
 
-# What the accurate recipe sets instead; more in its section.
+# What the accurate recipe sets instead (lr differs); more in its section.
 ACCURATE = {"epochs": 7, "batch_size": 64, "lr": 0.1, "optimizer": "sgd"}
 
 # Where
@@ -111,7 +109,7 @@ COMET_PROJECT = "mnist-cnn"
 class CNN(nn.Module):
     """Two convolutions and two linear layers: 124,670 parameters."""
 
-    channels_last = True  # 1.5 times as fast on a CPU: see make_model
+    channels_last = True  # order in memory, 1.5 times as fast on a CPU (make_model)
 
     def __init__(self):
         super().__init__()
@@ -182,7 +180,7 @@ def normalise(images):
     return (images.unsqueeze(1) / 255 - MEAN) / STD
 
 
-def make_batches(images, labels, batch_size, order=None):
+def make_batches(images, labels, batch_size=100, order=None):
     """Yield normalised images (N, 1, 28, 28) and labels (N,), a batch at a time.
 
     `order`: indices of the images to use; None: all. This does the job of a
@@ -213,11 +211,10 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
         optimizer.step()  # update the weights
         scheduler.step()  # update the learning rate
         # Sums stay on the device: .item() would wait until a GPU has finished.
-        loss = loss.detach()
-        loss_sum += loss * len(labels)
+        loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
         count += len(labels)
-        on_step(loss)
+        on_step(loss.detach())
     return float(loss_sum) / count, int(correct) / count
 
 
@@ -248,7 +245,7 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
 def train_run(args, folder):
     """Train, test and keep one model. (train_all calls this, once or more.)"""
     is_accurate = args.recipe == "accurate"
-    title = args.model.upper()
+    model_name = args.model.upper()
 
     # --- 1. Data ---
     device = select_device(args.device)
@@ -261,7 +258,7 @@ def train_run(args, folder):
     # Softmax is inside this loss: the model returns logits.
     smoothing = SMOOTHING if is_accurate else 0
     loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    # Another model is tried first, so that a bug in your network shows now.
+    # A throwaway copy is tried first, so that a bug in your network shows now.
     check_model(make_model(args.model, device), loss_function, images[:2], labels[:2])
     torch.manual_seed(args.seed)
     model = make_model(args.model, device)
@@ -274,25 +271,26 @@ def train_run(args, folder):
     if args.resume:
         recorder.load_checkpoint()  # into model and optimizer, too
     done = recorder.epochs_done  # 0, unless resumed
-    # Learning rate: lr * schedule(step); constant in the classic recipe. last_epoch
-    # counts steps here, since scheduler.step() follows each step; -1: no step yet.
-    cycle = functools.partial(one_cycle, args.epochs * epoch_steps)
-    schedule = cycle if is_accurate else lambda step: 1.0
+    # Learning rate: lr * schedule(step); constant in the classic recipe.
+    schedule = lambda step: 1.0
+    if is_accurate:
+        schedule = functools.partial(one_cycle, args.epochs * epoch_steps)
+    # Its epochs are steps, since scheduler.step() follows each step; -1: no step yet.
     scheduler = LambdaLR(optimizer, schedule, last_epoch=done * epoch_steps - 1)
-    # torchrun starts WORLD_SIZE processes; RANK is this one's number. Else: 1 and 0.
+    # Under torchrun: the same weights; the gradients are averaged over the processes.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
         # --- 3. Train ---
         recorder.begin()
-        print_title(f"TRAINING {title} MODEL")
+        print_title(f"TRAINING {model_name} MODEL")
         print(model)
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # A seed of its own (there are at most 10,000): a resumed run goes on exactly.
+            # Each epoch (at most 10,000) has its own seed: a resumed run goes on exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
-            # This process's share; without torchrun, everything:
+            # The share of process RANK, of WORLD_SIZE; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
             order = torch.randperm(count)[mine].to(device)
             batch_size = args.batch_size // WORLD_SIZE
@@ -300,12 +298,12 @@ def train_run(args, folder):
             if is_accurate:
                 batches = augment(batches, make_distortions(count)[mine])
             loss, accuracy = train_epoch(
-                ddp_model, batches, loss_function, optimizer, scheduler, recorder.step
+                ddp_model, batches, loss_function, optimizer, scheduler, recorder.add
             )
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
             if RANK == 0:  # to watch, not to choose by; without label smoothing
-                test_batches = make_batches(test_images, test_labels, batch_size=100)
+                test_batches = make_batches(test_images, test_labels)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
             print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
@@ -313,18 +311,20 @@ def train_run(args, folder):
             return
 
         # --- 4. Test ---
-        print_title(f"EVALUATING {title} MODEL")
+        print_title(f"EVALUATING {model_name} MODEL")
         # Once more, for the logits; the accurate recipe averages nine views.
         predictor = make_predictor(model, args.recipe)
-        test_batches = make_batches(test_images, test_labels, batch_size=100)
+        test_batches = make_batches(test_images, test_labels)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
         digits = Digits(test_images, logits.softmax(dim=1), test_labels)
         print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
         single = f"Single Image Prediction: {digits.predictions[0]}"
         print(f"{single}, Actual Label: {test_labels[0]}")
 
-        # --- 5. Keep: model.pt, pictures; metrics.json and the page as `with` ends ---
-        recorder.keep(summarise_test(test_loss, test_accuracy, digits), digits)
+        # --- 5. Keep, in the folder ---
+        # (metrics.json, loss_curve.png and report.html are written as `with` ends.)
+        recorder.save_weights()  # model.pt
+        recorder.add_test(summarise_test(test_loss, test_accuracy, digits), digits)
         save_pictures(digits, folder)
     print(f"All runs: {get_output_dir(folder) / 'index.html'}")
     print_title(f"TRAINING COMPLETE - {recorder.location}")
@@ -338,12 +338,12 @@ def select_device(name="auto"):
         if torch.backends.mps.is_available() and not LAUNCHED:
             best = "mps"
         try:
-            return select_device(best)
+            return select_device(best)  # goes on below: does it work?
         except UserError as error:
             warn(f"{error}; using the CPU")
             return torch.device("cpu")
     here = f"GPUs {gpus}, processes {LOCAL_SIZE}"
-    with explaining(f"--device {name} does not work here ({here}); try cpu"):
+    with explaining(f"--device {name} does not work here ({here}); cpu always works"):
         device = torch.device(name)
         if LAUNCHED and device.type == "cuda":  # each process has its own
             device = torch.device("cuda", LOCAL_RANK)
@@ -359,7 +359,7 @@ def print_title(title):
 def make_model(name, device="cpu"):
     """Return a new network of MODELS, stored in the fastest way it allows."""
     model = MODELS[name]().to(device)
-    images = torch.zeros(2, 1, 28, 28, device=device)
+    images = torch.zeros(2, 1, 28, 28, device=device)  # some squeeze() a single one
     with torch.no_grad():
         model.eval()
         model(images)  # lazy layers take their sizes from it
@@ -413,8 +413,8 @@ SMOOTHING = 0.05  # of the labels: Szegedy et al. 2016, arXiv:1512.00567
 ANGLE = 5  # degrees: largest rotation and shear
 SCALE = 0.1  # fraction of the size: largest change
 SHIFT = 2  # pixels: largest shift
-RISING = 0.3  # of all steps are those in which the learning rate rises
-STROKES = 1 / 3  # of all batches get thicker strokes, as many get thinner ones
+RISING = 0.3  # share of the steps in which the learning rate rises
+STROKES = 1 / 3  # share of batches with thicker strokes; as many have thinner ones
 
 
 def get_recipe_numbers(args):
@@ -462,7 +462,7 @@ def augment(batches, distortions):
         maps = distortions[start : start + len(images)].to(images.device)
         start += len(images)
         grid = F.affine_grid(maps, images.shape, align_corners=False)
-        # Outside of the image grid_sample reads 0, which is black after - BLACK.
+        # grid_sample fills in 0 outside of the image: black is made 0 for it.
         images = F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK
         choice = torch.rand(1).item()
         if choice < STROKES:
@@ -484,8 +484,9 @@ class ShiftAverage(nn.Module):
     def forward(self, x):
         """Map normalised images (N, 1, 28, 28) to logits (N, 10)."""
         x = F.pad(x, [1, 1, 1, 1], value=BLACK)  # (N, 1, 30, 30)
-        views = [x[..., i : i + 28, j : j + 28] for i in range(3) for j in range(3)]
-        logits = [self.model(view.contiguous()) for view in views]  # some view() it
+        shifted = [x[..., i : i + 28, j : j + 28] for i in range(3) for j in range(3)]
+        # contiguous(), since some networks call view(), which needs it.
+        logits = [self.model(images.contiguous()) for images in shifted]
         return torch.stack(logits).mean(dim=0)
 
 
@@ -501,7 +502,7 @@ def make_predictor(model, recipe):
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
 # Attributes that are in checkpoint.pt, beside model and optimizer:
-RESUMED = "history", "losses", "snapshots", "comet_key", "is_online"
+RESUMED = "history", "losses", "snapshots", "experiment_key", "is_online"
 
 
 class LossHistory:
@@ -551,7 +552,8 @@ class PeriodicPlotter:
 
     def draw_curve(self, data):
         self.figure = Figure(figsize=(7, 4))
-        axes = self.figure.add_axes((0.14, 0.13, 0.84, 0.84))
+        margins = {"left": 0.14, "right": 0.98, "bottom": 0.13, "top": 0.97}
+        axes = self.figure.subplots(gridspec_kw=margins)
         getattr(axes, self.scale)(range(1, len(data) + 1), data, color=BLUE)
         axes.set(**self.axis_labels)
         axes.grid(which="both", alpha=0.3)
@@ -561,7 +563,7 @@ class PeriodicPlotter:
 class Recorder:
     """Shows and saves the progress of training, however it ends.
 
-    It ends a training whose loss is not a number: that can be neither shown nor saved.
+    It ends a training whose loss is not finite: that can be neither shown nor saved.
     """
 
     def __init__(self, args, folder, device, epoch_steps, model, optimizer):
@@ -571,15 +573,22 @@ class Recorder:
         self.epoch_steps = epoch_steps
         self.model = model
         self.optimizer = optimizer
-        self.config = describe(args, device, model)
+        self.config = make_config(args, device, model)
         self.history = {name: [] for name in PER_EPOCH}
         self.losses = []
         self.snapshots = []
-        self.comet_key = None
+        self.experiment_key = None
         self.is_online = False
+        self.location = ""  # where the results are; known when the run has ended
         self.smoothed = smooth([])
         png = folder / "loss_curve.png"
-        self.plotter = PeriodicPlotter(2, "iteration", "smoothed loss", "semilogy", png)
+        self.plotter = PeriodicPlotter(
+            sec=2,
+            xlabel="iteration",
+            ylabel="smoothed loss",
+            scale="semilogy",
+            path=png,
+        )
         self.comet = Tracker()
         self.results = {}
         self.page_data = {}
@@ -592,7 +601,7 @@ class Recorder:
     def load_checkpoint(self):
         """Continue from the folder's checkpoint, if it has one."""
         path = self.folder / "checkpoint.pt"
-        if not path.exists():  # of a study: this run has not begun
+        if not path.exists():  # nothing is saved yet: start with epoch 1
             return
         if RANK == 0:
             for partial in self.folder.glob("*.part"):  # the run was killed
@@ -622,18 +631,21 @@ class Recorder:
 
         Inside the `with` block, so that Comet is ended if this fails.
         """
-        self.comet, target = start_comet(self.args.comet, self.folder, self.comet_key)
+        self.comet, target = start_comet(
+            self.args.comet, self.folder, self.experiment_key
+        )
         settings = self.config["settings"]
         print("Settings:", ", ".join(f"{name} {settings[name]}" for name in settings))
         print(f"Device: {self.config['device']}\nFolder: {self.folder}")
         print(f"Report: {self.folder / 'report.html'}\nComet: {target}")
-        self.comet_key = self.comet.get_key() or self.comet_key
+        self.experiment_key = self.comet.get_key() or self.experiment_key
         self.comet.set_name(self.folder.name)
         self.comet.log_parameters(settings | self.config["recipe_numbers"])
         self.comet.set_model_graph(str(self.model))
         was_online = self.is_online
         self.is_online = self.comet.url is not None
-        if not (was_online and self.is_online):  # then it needs the earlier epochs, too
+        has_earlier_epochs = was_online and self.is_online
+        if not has_earlier_epochs:
             for step, loss in enumerate(self.losses, 1):
                 self.comet.log_metric("loss", loss, step=step)
             for epoch in range(1, self.epochs_done + 1):
@@ -649,19 +661,19 @@ class Recorder:
             self.bar = tqdm(total=self.epoch_steps)
         self.start_time = time.perf_counter()
 
-    def step(self, loss):
-        """Take a step's loss, a tensor: read and shown every 0.2 s."""
-        if INTERRUPTS:
+    def add(self, loss):
+        """Take a step's loss, a tensor: it is read and shown every 0.2 s."""
+        if INTERRUPTS:  # a signal came, but its exception was lost
             raise KeyboardInterrupt(INTERRUPTS[0])
         self.new_losses.append(loss)
         if time.monotonic() - self.shown_time >= 0.2:
-            self.show()
+            self.process_losses()
 
-    def show(self):
+    def process_losses(self):
         """Read the new losses; keep, track and show them."""
         losses = [loss.item() for loss in self.new_losses]
         self.new_losses.clear()
-        # Comet takes 12,000 values a minute in all, 40 in 0.2 s: at most 20 of the loss.
+        # Comet's limit is 12,000 values a minute, 40 in 0.2 s: half of it for the loss.
         every = math.ceil(len(losses) / 20) if self.comet.url else 1
         for loss in losses:
             check_finite(loss, "loss")
@@ -678,7 +690,7 @@ class Recorder:
             self.update_page("training")
 
     def end_epoch(self, loss, accuracy):
-        self.show()
+        self.process_losses()
         self.bar.close()
         self.trained = loss, accuracy, time.perf_counter() - self.start_time
 
@@ -732,8 +744,7 @@ class Recorder:
         write_page(self.folder / "report.html", self.config | self.page_data | now)
         self.page_time = time.monotonic()
 
-    def keep(self, results, digits):
-        """Save the trained weights; track and show what the test has shown."""
+    def save_weights(self):
         path = self.folder / "model.pt"
         weights = self.model.state_dict()
         for name, value in weights.items():
@@ -741,6 +752,9 @@ class Recorder:
                 weights[name] = value.cpu().contiguous()
         save_tensors(weights, path)
         self.comet.log_model(self.args.model, str(path))
+
+    def add_test(self, results, digits):
+        """Take what the test has shown to Comet, metrics.json and the page."""
         self.results = results
         for name, value in results.items():
             if name == "confusion_matrix":
@@ -748,7 +762,8 @@ class Recorder:
             else:
                 self.comet.log_metric(name, value, step=len(self.losses))
         self.page_data["first"] = encode_digits(digits[:20])
-        self.page_data["wrong"] = encode_digits(digits.get_mistakes()[:200])
+        mistakes = digits.get_mistakes()[:200]  # 0.2 MB
+        self.page_data["wrong"] = encode_digits(mistakes)
 
     def __exit__(self, kind, error, trace):
         # `kind`: the class of what ended the run early, or None
@@ -780,6 +795,7 @@ def check_finite(value, name):
 BLUE = "#0072B2"  # of what is right; all three are colour-blind safe
 VERMILION = "#D55E00"  # of what is wrong
 GREY = "#999999"
+FRAME_WIDTHS = {BLUE: 1, VERMILION: 4}  # for those who see no colours
 # With 256 levels, whatever image.lut is set to:
 GREYS = matplotlib.colormaps["gray"].resampled(256)
 ORANGES = matplotlib.colormaps["Oranges"].resampled(256)
@@ -801,7 +817,8 @@ class Digits:
     def get_mistakes(self):
         """Return the misclassified digits, the most confident first."""
         order = self.confidence.argsort(descending=True, stable=True)
-        return self[order[~self.correct[order]]]
+        wrong = order[~self.correct[order]]
+        return self[wrong]
 
     def count_confusions(self):
         """Return how often each label (row) was predicted as each digit: (10, 10)."""
@@ -871,16 +888,18 @@ def draw_grid(images, titles, colours):
     columns = max(1, min(4, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
     figure = Figure(figsize=(2.1 * columns, 2.5 * rows))
-    # All in one Axes, since each takes 0.02 s; with 31x37 pixels for each digit.
+    # All in one Axes, since each takes 0.02 s.
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
+    cell_width = 31  # 28 pixels and their margins
+    cell_height = 37  # with two lines of text above
     for n, image in enumerate(images):
-        x = 31 * (n % columns) + 1
-        y = 37 * (n // columns) + 8
+        x = cell_width * (n % columns) + 1
+        y = cell_height * (n // columns) + 8
         axes.imshow(image, GREYS, vmin=0, vmax=255, extent=(x, x + 28, y + 28, y))
-        width = 4 if colours[n] == VERMILION else 1
+        width = FRAME_WIDTHS[colours[n]]
         axes.add_patch(Rectangle((x, y), 28, 28, fill=False, ec=colours[n], lw=width))
         axes.text(x, y - 1, titles[n], color=colours[n], size=9, parse_math=False)
-    axes.set(xlim=(0, 31 * columns), ylim=(37 * rows, 0))
+    axes.set(xlim=(0, cell_width * columns), ylim=(cell_height * rows, 0))
     return figure
 
 
@@ -899,9 +918,9 @@ def draw_bars(images, probabilities, titles, colours):
             titles[n], color=colours[n], size=9, loc="left", parse_math=False
         )
         axes = figure.add_subplot(rows, 3 * columns, (3 * n + 2, 3 * n + 3))
-        bars = axes.bar(range(10), 100 * probabilities[n], color=GREY)
-        bars[probabilities[n].argmax()].set(color=colours[n])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        drawn = axes.bar(range(10), 100 * probabilities[n], color=GREY)
+        drawn[probabilities[n].argmax()].set(color=colours[n])
+        axes.bar_label(drawn, fmt="%.1f", fontsize=8)
         axes.set(xlabel="digit", ylabel="probability (%)", ylim=(0, 112))
         axes.set_xticks(range(10))
     return figure
@@ -913,7 +932,8 @@ def draw_confusions(digits):
     accuracy = 100 * matrix.diagonal() / matrix.sum(axis=1)
     mistakes = matrix - np.diag(matrix.diagonal())
     figure = Figure(figsize=(6.7, 6))
-    axes = figure.add_axes((0.17, 0.09, 0.81, 0.9))
+    margins = {"left": 0.17, "right": 0.98, "bottom": 0.09, "top": 0.99}
+    axes = figure.subplots(gridspec_kw=margins)
     axes.imshow(mistakes, ORANGES, vmax=max(1, 2 * mistakes.max()))
     for (row, column), count in np.ndenumerate(matrix):
         colour = BLUE if row == column else "black"
@@ -948,7 +968,7 @@ class Tracker:
         self.directory = directory  # of the archive
         self.url = getattr(experiment, "url", None)  # None if offline
 
-    def __getattr__(self, name):
+    def __getattr__(self, name):  # of any method: log_metric, end, ...
         def call(*arguments, **named):
             if self.experiment is None:
                 return None
@@ -1020,8 +1040,8 @@ def open_experiment(mode, folder, experiment_key):
             if experiment.alive:
                 return Tracker(experiment, directory), experiment.url
         if mode == "online":
-            text = "--comet online: no answer, or the API key is wrong"
-            raise UserError(text, status=1)
+            text = "--comet online: no answer, or the API key is wrong; check the key"
+            raise UserError(f"{text}, or use --comet offline", status=1)
     experiment = comet_ml.start(online=False, **options)
     return Tracker(experiment, directory), target
 
@@ -1095,7 +1115,7 @@ def quote(words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def describe(args, device, model):
+def make_config(args, device, model):
     """Return what config.json says of a run: its settings, its network, its computer."""
     settings = {name: getattr(args, name) for name in FLAGS}
     decisive = {name: settings[name] for name in FLAGS if name not in PLACES}
@@ -1103,7 +1123,7 @@ def describe(args, device, model):
     return {
         "settings": settings,
         "recipe_numbers": get_recipe_numbers(args),
-        "network": re.sub(" at 0x[0-9a-f]+", "", str(model)),  # <function f at 0x...>
+        "network": re.sub(" at 0x[0-9a-fA-F]+", "", str(model)),  # <function f at 0x..>
         "title": type(model).__name__,
         "parameters": count_parameters(model),
         "command": quote(["python", "main.py", *as_flags(decisive)]),
@@ -1116,7 +1136,7 @@ def describe(args, device, model):
 
 def read_config(folder):
     """Return what config.json says of a run or a study."""
-    with explaining(f"{folder} is not a run folder, such as runs/NAME (config.json)"):
+    with explaining(f"{folder} is not a run folder, such as runs/NAME: config.json"):
         config = json.loads(Path(folder, "config.json").read_bytes())
         config["settings"] = {name: config["settings"][name] for name in FLAGS}
     return config
@@ -1127,8 +1147,8 @@ def compare_configs(before, now):
     lines = []  # the old ones and the new ones, without the class's name
     for config in before, now:
         numbers = config["recipe_numbers"]
-        numbers = [f"{name} {numbers[name]}" for name in numbers]
-        lines.append(numbers + config["network"].split("\n")[1:])
+        number_lines = [f"{name} {numbers[name]}" for name in numbers]
+        lines.append(number_lines + config["network"].split("\n")[1:])
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
             text = f"the run has {old.strip()}, main.py has {new.strip()}"
@@ -1143,7 +1163,8 @@ def load_weights(models, weights, path):
             model.load_state_dict(weights)
             return model
         except Exception as error:  # noqa: BLE001
-            problems.append(str(error).partition("\n")[2])  # which names and sizes
+            first, _, others = str(error).partition("\n")
+            problems.append(others or first)  # others: which names and sizes
     text = f"the layers in main.py are not those of {path}: put the old ones back"
     raise UserError(f"{text}: {min(problems, key=len):.300}")
 
@@ -1151,17 +1172,18 @@ def load_weights(models, weights, path):
 def load_predictor(path):
     """Return the model of a file, or of a folder's newest run."""
     path = Path(path)
-    if path.suffix == ".pt" and not path.exists():
+    if path.suffix == ".pt" and not os.path.exists(path):
         raise UserError(f"there is no file {path}")
-    if not path.is_file():  # a folder: take its newest run
+    if not os.path.isfile(path):  # a folder: take its newest run
         found = sorted(path.rglob("model.pt"), key=os.path.getmtime)
         if not found:
             raise UserError(f"no model.pt in {path}: python main.py makes one")
         path = found[-1]
     weights = load_tensors(path)
+    if isinstance(weights, dict):
+        weights = weights.get("model", weights)  # of a checkpoint.pt
     if not isinstance(weights, dict):
         raise UserError(f"{path} holds no weights: give the model.pt of a run")
-    weights = weights.get("model", weights)  # of a checkpoint.pt
     settings = {}
     names = list(MODELS)
     if (path.parent / "config.json").exists():
@@ -1183,7 +1205,7 @@ def make_run_folder(output_dir, name):
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        if folder.exists():  # another run has started in this second
+        if os.path.exists(folder):  # another run has started in this second
             return make_run_folder(output_dir, name + "-2")
         text = f"cannot make {folder}: {error.strerror}; choose another --output-dir"
         raise UserError(text) from None
@@ -1199,7 +1221,8 @@ def write(path, content, needed=True):
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
-        text = f"cannot write {path}: {error.strerror}; choose another --output-dir"
+        text = f"cannot write {path}: {error.strerror}"
+        text += "; make room there and allow writing, or change --output-dir"
         if needed:
             raise RunError(text) from None
         warn(text)
@@ -1277,7 +1300,8 @@ def join_processes(args):
     if not LAUNCHED:
         yield
         return
-    if args.batch_size % WORLD_SIZE or (args.limit or TRAINING_IMAGES) % WORLD_SIZE:
+    count = args.limit or TRAINING_IMAGES
+    if args.batch_size % WORLD_SIZE or count % WORLD_SIZE:
         text = "--batch-size and the number of images (60,000, or --limit)"
         raise UserError(f"{text} must be divisible by {WORLD_SIZE}")
     device = select_device(args.device)
@@ -1312,8 +1336,9 @@ def train_all(args, folder):
         return
     before = read_runs(folder)
     epochs = {name: len(run["train_loss"]) for name, run in before.items()}
-    if max(epochs.values(), default=0) > args.epochs:
-        raise UserError("--epochs: one of these runs has done more; give more")
+    most = max(epochs.values(), default=0)
+    if most > args.epochs:
+        raise UserError(f"--epochs: a run of this study has done {most}; give more")
     settings = {name: getattr(args, name) for name in FLAGS}
     save_json({"settings": settings}, folder / "config.json")
     names = [f"{model_name}-seed-{seed}" for seed, model_name in pairs]
@@ -1353,11 +1378,11 @@ def print_table(rows):
     layout = "{:5} {:5} {:11,} {:8.1f} {:15.4f} {:14.4f} {:10.4f}"
     for row in rows:
         print(layout.format(*row.values()))
-    for model in sorted({row["model"] for row in rows}):
-        values = [row["test_accuracy"] for row in rows if row["model"] == model]
+    for name in sorted({row["model"] for row in rows}):
+        values = [row["test_accuracy"] for row in rows if row["model"] == name]
         if len(values) > 1:
             spread = np.std(values, ddof=1)
-            print(f"{model}, mean test accuracy: {np.mean(values):.4f} ± {spread:.4f}")
+            print(f"{name}, mean test accuracy: {np.mean(values):.4f} ± {spread:.4f}")
 
 
 def is_in_study(folder):
@@ -1369,7 +1394,7 @@ def get_output_dir(folder):
     return folder.parent.parent if is_in_study(folder) else folder.parent
 
 
-@functools.cache  # by time: a file that has changed is read again
+@functools.cache  # by folder and time: a file that has changed is read again
 def read_run(folder, time_changed):
     """Return what the overview shows of a run."""
     config = read_config(folder)
@@ -1433,7 +1458,10 @@ def find_images(names):
             pattern = os.path.join(glob.escape(name), "*")
         found = [name] if os.path.isfile(name) else sorted(glob.glob(pattern))
         found = [file for file in found if os.path.isfile(file)]
-        files += [file for file in found if file.lower().endswith(PICTURES)] or [name]
+        pictures = [file for file in found if file.lower().endswith(PICTURES)]
+        files += pictures
+        if not pictures:
+            files.append(name)  # read_photo tries it, and says why not
     return files
 
 
@@ -1483,7 +1511,8 @@ def read_frame(image):
         image = image.convert("RGBA")
     image = image.reduce(max(1, max(image.size) // (3 * SIDE)))  # saves memory
     levels = np.array(ImageOps.exif_transpose(image).convert("RGBA"), np.float32)
-    colours, opacity = levels[..., :3], levels[..., 3:] / 255
+    colours = levels[..., :3]
+    opacity = levels[..., 3:] / 255
     behind = (colours * opacity).mean() / max(opacity.mean(), 0.001)
     if opacity.mean() < 0.5:  # ink alone: on white or black, whichever is farther
         behind = 255 if behind < 128 else 0
@@ -1522,7 +1551,7 @@ def find_ink(grey):
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of normal noise is below 0.32 standard deviations: these are about two.
+    # A quarter of normal noise is below 0.32 standard deviations; noise is about two.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # Of 255 levels. Where the paper's own levels differ much, it may be a shadow.
@@ -1543,7 +1572,10 @@ def number_parts(mask, gap):
 
 
 def look_inside(mask, border=False):
-    """Return what the longest part of mask or border goes around; or else the mask."""
+    """Return what lies inside the longest part; or the mask, if nothing does.
+
+    With `border`: inside that, and inside all that touches it.
+    """
     numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
@@ -1571,7 +1603,7 @@ def cut_out(ink):
     unclear = sum(tall) > 1
     unclear |= width > 2 * height  # digits that touch
     unclear |= counts[largest] < sum(counts) / 2  # many parts: a text, a pattern
-    # A shadow in a corner: a digit that touches two borders fills the picture.
+    # What touches two borders, but does not fill the picture, is a shadow.
     in_corner = digit[[0, -1]].any() and digit[:, [0, -1]].any()
     unclear |= in_corner and min(height / len(digit), width / len(digit[0])) < 0.8
     digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
@@ -1638,9 +1670,9 @@ def predict_files(args):
         answer = f"{best} ({row[best]:.1%}), then {second} ({row[second]:.1%})"
         if row[best] - row[second] < LEAD and not problem:
             problem = f"not clear; closest: {answer}"
-        answer = f"no answer: {problem}" if problem else answer
-        print(f"{name}: {answer}")
-        title = f"{name[-60:]}\n{answer}"
+        line = f"no answer: {problem}" if problem else answer
+        print(f"{name}: {line}")
+        title = f"{name[-60:]}\n{line}"  # so much fits
         title = title.encode("utf-8", "replace").decode()  # a name may be no text
         answers.append((image, row.numpy(), title, GREY if problem else BLUE))
     if answers:
@@ -1723,7 +1755,8 @@ class OperationTracer(TorchFunctionMode):
         result = function(*args, **kwargs or {})
         results = result if isinstance(result, (tuple, list)) else [result]
         tensors = [value for value in results if isinstance(value, torch.Tensor)]
-        if self.has_tensors and (tensors or call["op"] == "__setitem__"):
+        is_operation = tensors or call["op"] == "__setitem__"
+        if self.has_tensors and is_operation:
             for tensor in tensors:
                 self.references[id(tensor)] = {"tensor": len(self.tensors)}
                 self.tensors.append(tensor)
@@ -1755,27 +1788,20 @@ def record_program(model, device):
 
 def describe_network(recorder):
     """Return a network as the page needs it; and the run's snapshots, with a new one."""
-    epoch = recorder.epochs_done
     recorded = recorder.recorded
     text = json.dumps(recorded)
-    weights = recorder.model.state_dict()
-    # Those that the page uses:
-    weights = {n: weights[n] for n in weights if f'"weight": {json.dumps(n)}' in text}
-    free = ROOM - len(text)
+    weights = {}  # those that the page uses
+    for name, tensor in recorder.model.state_dict().items():
+        if f'"weight": {json.dumps(name)}' in text:
+            weights[name] = tensor
+    room = ROOM - len(text)
     # In float16, 2 bytes a number, as base64:
     half_size = 8 / 3 * sum(tensor.numel() for tensor in weights.values())
-    is_half = 2 * half_size > free  # else there is room for float32
-    if half_size > free:
+    is_half = 2 * half_size > room  # else there is room for float32
+    if half_size > room:
         recorded = {"problem": "it is too large for a page"}
         weights = {}
-    # Earlier epochs get what the latest weights leave, in float32.
-    room = math.floor(free / (half_size + 1)) - 2
-    every = math.ceil(recorder.args.epochs / max(1, min(8, room)))  # at most 8 of them
-    older = [old for old in recorder.snapshots if old["epoch"] % every == 0]
-    newest = []
-    if room > 0 and epoch % every == 0:
-        half = {name: encode(weights[name].cpu().half()) for name in weights}
-        newest.append({"epoch": epoch, "weights": half})
+    snapshots = choose_snapshots(recorder, weights, room / (half_size + 1))
     precision = torch.float16 if is_half else torch.float32
     try:
         check = compute_check(recorder, is_half)
@@ -1783,15 +1809,28 @@ def describe_network(recorder):
         reason = get_reason(error)
         recorded = {"problem": f"its answers could not be computed ({reason})"}
         check = {"images": "", "logits": []}
+    epoch = recorder.epochs_done
     page_data = recorded | {
         "mean_std": [MEAN, STD],
         "weights": encode_weights(weights, precision),
         "half": is_half,
         "weights_epoch": epoch,
-        "snapshots": older,
+        "snapshots": [old for old in snapshots if old["epoch"] < epoch],
         "check": check,
     }
-    return page_data, older + newest
+    return page_data, snapshots
+
+
+def choose_snapshots(recorder, weights, most):
+    """Return the weights of some epochs, at most `most`, in float16; with new ones."""
+    # The latest weights take the room of two, in float32; at most 8 epochs are shown.
+    count = max(1, min(8, math.floor(most) - 2))
+    every = math.ceil(recorder.args.epochs / count)
+    snapshots = [old for old in recorder.snapshots if old["epoch"] % every == 0]
+    if most >= 3 and recorder.epochs_done % every == 0:
+        half = {name: encode(weights[name].cpu().half()) for name in weights}
+        snapshots.append({"epoch": recorder.epochs_done, "weights": half})
+    return snapshots
 
 
 @torch.no_grad()
@@ -1805,8 +1844,8 @@ def compute_check(recorder, is_half):
         for name, tensor in weights.items():
             if tensor.is_floating_point():
                 weights[name] = tensor.half().to(tensor.dtype)
-        compute = lambda image: functional_call(
-            predictor, weights, image, tie_weights=False
+        compute = functools.partial(
+            functional_call, predictor, weights, tie_weights=False
         )
     logits = []
     for image in normalise(images).to(recorder.device):  # one by one, as in the page
@@ -1816,7 +1855,7 @@ def compute_check(recorder, is_half):
 
 def is_page(path):
     with suppress(FileNotFoundError), path.open("rb") as file:
-        return PAGE_TITLE in file.read(500)
+        return PAGE_TITLE in file.read(500)  # bytes; it is near the top
 
 
 def write_page(path, values):
@@ -1829,8 +1868,8 @@ def write_page(path, values):
         if path.exists() and not is_page(path):
             raise OSError("it is not a page of this script; rename it")
         page = (PAGE / "report.html").read_text(encoding="utf-8")
-        for file in PAGE.glob("*.[cj]s*"):
-            text = file.read_text(encoding="utf-8", errors="replace")
+        for file in [*PAGE.glob("*.css"), *PAGE.glob("*.js")]:
+            text = file.read_text(encoding="utf-8", errors="replace")  # if edited
             link = f'<link rel="stylesheet" href="{file.name}">'
             page = page.replace(link, f"<style>\n{text}</style>")
             script = f'<script src="{file.name}"></script>'
@@ -1906,7 +1945,7 @@ def read_settings(argv=None):
     saved = {}  # the settings of the run to resume
     if args.resume:
         folder = args.resume.resolve()  # since "." has no name and no parent
-        if folder.is_file():
+        if os.path.isfile(folder):
             folder = folder.parent  # runs/NAME/checkpoint.pt
         saved = read_config(folder)["settings"]
         for name in PLACES:
@@ -1973,8 +2012,8 @@ def tune_cpu():
         torch.set_num_threads(min(processors, torch.get_num_threads()))
 
 
-# Numbers of the signals that came. Recorder.step looks here, too, since Python ignores
-# exceptions in finalizers, such as those of old figures.
+# Numbers of the signals that came, for Recorder.add: Python ignores an exception while it
+# deletes an object, such as an old figure.
 INTERRUPTS = []
 
 
@@ -2011,12 +2050,14 @@ def main(argv=None):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     folder = None
     status = 1
-    useful = True  # the folder; not after wrong input or a bug in the first epoch
-    resumable = True  # not if the training has diverged
+    resumable = True  # not after wrong input, or if the training has diverged
+    keeps_empty = True  # the folder, without a checkpoint; not after a bug
     try:
         args = read_settings(argv)
         if args.predict:
-            return predict_files(args) if RANK == 0 else 0
+            if RANK > 0:  # the first process does it
+                return 0
+            return predict_files(args)
         tune_cpu()
         with catch_signals(), join_processes(args):
             load_mnist(args.data_dir)  # an error leaves no folder
@@ -2026,14 +2067,15 @@ def main(argv=None):
     except SystemExit as end:  # argparse has printed why; or a network calls exit()
         status = end.code or 0
         text = ""
-        useful = False
+        keeps_empty = False
     except RunError as error:
         text = str(error)
         resumable = error.resumable
     except UserError as error:
         status = error.status
         text = str(error)
-        useful = False
+        resumable = False
+        keeps_empty = False
     except KeyboardInterrupt as error:
         signum = error.args[0] if error.args else signal.SIGINT
         status = 128 + signum
@@ -2050,27 +2092,32 @@ def main(argv=None):
         else:  # a bug
             traceback.print_exc()
             text = explain_bug(error)
-            useful = False
+            keeps_empty = False
     if text:
         warn(text)
-    if not folder or RANK > 0:
-        return status
-    useful = useful and (folder / "config.json").exists()
-    is_empty = not args.resume and not any(folder.rglob("checkpoint.pt"))
-    if useful and resumable:
+    if folder and RANK == 0:
+        finish_folder(folder, args, resumable, keeps_empty)
+    return status
+
+
+def finish_folder(folder, args, resumable, keeps_empty):
+    """Print how to continue a run that did not finish; or remove its folder."""
+    has_checkpoint = args.resume or any(folder.rglob("checkpoint.pt"))
+    has_begun = (folder / "config.json").exists()
+    is_kept = has_checkpoint or (keeps_empty and has_begun)
+    if not is_kept:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_overviews(folder)
+    elif resumable:
         command = ["python", "main.py", "--resume", str(folder)]
         for name in "device", "data_dir", "comet":
             if getattr(args, name) != FLAGS[name][0]:
                 command += as_flags({name: getattr(args, name)})
         warn(f"continue with: {quote(command)}")
-    elif is_empty and not useful:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_overviews(folder)
-    return status
 
 
 def explain_bug(error):
-    """Return a line to print below a traceback: which sizes meet."""
+    """Return advice to print below a traceback, or ""."""
     if WORLD_SIZE > 1:
         return "this is a bug, or another process has ended (see the first traceback)"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -2079,7 +2126,9 @@ def explain_bug(error):
     words = r"size|shape|dim|element|\dD"  # "expected 2D or 3D input"
     of_sizes = re.search(words, str(error))
     kinds = RuntimeError, ValueError, AssertionError
-    if not frames or not of_sizes or not isinstance(error, kinds):
+    if not isinstance(error, kinds) or not of_sizes:
+        return ""
+    if not frames:
         return ""
     last = frames[-1]
     name = "".join(last.f_code.co_varnames[1:2])  # of the input

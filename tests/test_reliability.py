@@ -46,7 +46,7 @@ def flatten(value, place=()):
     items = list(enumerate(value)) if isinstance(value, (list, tuple)) else ()
     items = value.items() if isinstance(value, dict) else items
     for key, inner in items:
-        if key not in ("epoch_seconds", "comet_key", "comet", "output_dir"):
+        if key not in ("epoch_seconds", "experiment_key", "comet", "output_dir"):
             yield from flatten(inner, (*place, key))
     if isinstance(value, torch.Tensor):
         value = value.dtype, md5(value.contiguous().numpy().tobytes()).hexdigest()
@@ -192,7 +192,7 @@ def test_a_second_ctrl_c_ends_at_once_and_costs_no_epoch(tmp_path, stories):
     assert resumed.wait() == 0, resumed.stderr
     assert outcome(run.run_dir) == outcome(stories[signal.SIGINT].whole)
     kept = torch.load(run.run_dir / "checkpoint.pt", weights_only=True)
-    assert len(kept["comet_key"]) == 32  # --comet off does not forget it
+    assert len(kept["experiment_key"]) == 32  # --comet off does not forget it
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
