@@ -67,8 +67,8 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 except (OSError, UnicodeError) as error:
-    text = "matplotlib cannot read its settings: save that file as UTF-8, or move it"
-    print(f"main.py: {text} away ({error})", file=sys.stderr)
+    text = "matplotlib cannot read its settings: save them as UTF-8, or move them away"
+    print(f"main.py: {text} ({error})", file=sys.stderr)
     sys.exit(2)
 
 if mpl_backend:
@@ -183,8 +183,8 @@ def normalise(images):
 def make_batches(images, labels, batch_size=100, order=None):
     """Yield normalised images (N, 1, 28, 28) and labels (N,), a batch at a time.
 
-    `order`: indices of the images to use; None: all. This does the job of a
-    DataLoader, faster: all of MNIST fits in memory.
+    `order`: indices of the images to use; None: all. A test gives the same results with
+    any `batch_size`. This does the job of a DataLoader, faster: MNIST fits in memory.
     """
     if order is None:
         order = torch.arange(len(labels), device=labels.device)
@@ -210,11 +210,12 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
         loss.backward()  # compute the gradients
         optimizer.step()  # update the weights
         scheduler.step()  # update the learning rate
+        loss = loss.detach()  # the number alone, without what backward() needs
         # Sums stay on the device: .item() would wait until a GPU has finished.
-        loss_sum += loss.detach() * len(labels)
+        loss_sum += loss * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
         count += len(labels)
-        on_step(loss.detach())
+        on_step(loss)
     return float(loss_sum) / count, int(correct) / count
 
 
@@ -245,7 +246,6 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
 def train_run(args, folder):
     """Train, test and keep one model. (train_all calls this, once or more.)"""
     is_accurate = args.recipe == "accurate"
-    model_name = args.model.upper()
 
     # --- 1. Data ---
     device = select_device(args.device)
@@ -275,15 +275,15 @@ def train_run(args, folder):
     schedule = lambda step: 1.0
     if is_accurate:
         schedule = functools.partial(one_cycle, args.epochs * epoch_steps)
-    # Its epochs are steps, since scheduler.step() follows each step; -1: no step yet.
+    # LambdaLR counts scheduler.step() as epochs. last_epoch: the last one done, from 0.
     scheduler = LambdaLR(optimizer, schedule, last_epoch=done * epoch_steps - 1)
-    # Under torchrun: the same weights; the gradients are averaged over the processes.
+    # LAUNCHED by torchrun: the processes have the same weights and average gradients.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
         # --- 3. Train ---
         recorder.begin()
-        print_title(f"TRAINING {model_name} MODEL")
+        print_title(f"TRAINING {args.model.upper()} MODEL")
         print(model)
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(done + 1, args.epochs + 1):
@@ -302,7 +302,7 @@ def train_run(args, folder):
             )
             loss, accuracy = average(loss, accuracy, device)  # torchrun
             recorder.end_epoch(loss, accuracy)
-            if RANK == 0:  # to watch, not to choose by; without label smoothing
+            if RANK == 0:  # a test to watch, not to choose by; without label smoothing
                 test_batches = make_batches(test_images, test_labels)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
@@ -311,8 +311,8 @@ def train_run(args, folder):
             return
 
         # --- 4. Test ---
-        print_title(f"EVALUATING {model_name} MODEL")
-        # Once more, for the logits; the accurate recipe averages nine views.
+        print_title(f"EVALUATING {args.model.upper()} MODEL")
+        # Once more, for the logits, which the accurate recipe averages over nine views.
         predictor = make_predictor(model, args.recipe)
         test_batches = make_batches(test_images, test_labels)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
@@ -338,7 +338,7 @@ def select_device(name="auto"):
         if torch.backends.mps.is_available() and not LAUNCHED:
             best = "mps"
         try:
-            return select_device(best)  # goes on below: does it work?
+            return select_device(best)  # by name, as below: does it work?
         except UserError as error:
             warn(f"{error}; using the CPU")
             return torch.device("cpu")
@@ -359,7 +359,8 @@ def print_title(title):
 def make_model(name, device="cpu"):
     """Return a new network of MODELS, stored in the fastest way it allows."""
     model = MODELS[name]().to(device)
-    images = torch.zeros(2, 1, 28, 28, device=device)  # some squeeze() a single one
+    # Two, since squeeze() in a network would change the shape of a single image.
+    images = torch.zeros(2, 1, 28, 28, device=device)
     with torch.no_grad():
         model.eval()
         model(images)  # lazy layers take their sizes from it
@@ -405,7 +406,7 @@ def count_parameters(model):
 
 
 # ===== The accurate recipe ============
-# All that follows are helpers of the run above. This recipe was chosen as in
+# From here on: helpers, and main() at the end. This recipe was chosen as in
 # tests/README.md: a schedule, distorted images, and nine views of each in the test.
 
 ACCURATE_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
@@ -433,7 +434,7 @@ def get_recipe_numbers(args):
 
 def one_cycle(total, step):
     """Return what multiplies the learning rate: Smith 2018, arXiv:1803.09820."""
-    progress = (step + 0.5) / total  # in the middle of the step
+    progress = (step + 0.5) / total  # in the middle of the step: it begins above 0
     rise = progress / RISING
     fall = (1 - progress) / (1 - RISING)
     return max(0.0, min(rise, fall))  # LambdaLR asks once more after the last step
@@ -544,13 +545,13 @@ class PeriodicPlotter:
 
     def plot(self, data):
         if time.monotonic() - self.last_time >= self.sec:
-            self.draw(data)
+            self.save(data)
 
-    def draw(self, data):
-        save_picture(self.path, self.draw_curve, data)
+    def save(self, data):
+        save_picture(self.path, self.make_figure, data)
         self.last_time = time.monotonic()
 
-    def draw_curve(self, data):
+    def make_figure(self, data):
         self.figure = Figure(figsize=(7, 4))
         margins = {"left": 0.14, "right": 0.98, "bottom": 0.13, "top": 0.97}
         axes = self.figure.subplots(gridspec_kw=margins)
@@ -575,10 +576,10 @@ class Recorder:
         self.optimizer = optimizer
         self.config = make_config(args, device, model)
         self.history = {name: [] for name in PER_EPOCH}
-        self.losses = []
-        self.snapshots = []
-        self.experiment_key = None
-        self.is_online = False
+        self.losses = []  # of all steps
+        self.snapshots = []  # the weights of some epochs, for the page
+        self.experiment_key = None  # Comet's, of a run that is resumed
+        self.is_online = False  # whether Comet's server gets this run
         self.location = ""  # where the results are; known when the run has ended
         self.smoothed = smooth([])
         png = folder / "loss_curve.png"
@@ -590,10 +591,10 @@ class Recorder:
             path=png,
         )
         self.comet = Tracker()
-        self.results = {}
-        self.page_data = {}
+        self.results = {}  # of the test
+        self.page_data = {}  # what the page shows of the network and of the test
         self.has_begun = False
-        self.new_losses = []
+        self.new_losses = []  # tensors: not read yet
         self.bar = tqdm(disable=True)
         self.shown_time = 0
         self.page_time = 0
@@ -645,7 +646,7 @@ class Recorder:
         was_online = self.is_online
         self.is_online = self.comet.url is not None
         has_earlier_epochs = was_online and self.is_online
-        if not has_earlier_epochs:
+        if not has_earlier_epochs:  # a new archive, or the server after a time offline
             for step, loss in enumerate(self.losses, 1):
                 self.comet.log_metric("loss", loss, step=step)
             for epoch in range(1, self.epochs_done + 1):
@@ -658,12 +659,15 @@ class Recorder:
 
     def start_epoch(self):
         if RANK == 0:
-            self.bar = tqdm(total=self.epoch_steps)
+            try:
+                self.bar = tqdm(total=self.epoch_steps)
+            except Exception as error:  # noqa: BLE001, of a variable TQDM_…
+                warn(f"no progress bar: unset TQDM_… ({get_reason(error)})")
         self.start_time = time.perf_counter()
 
     def add(self, loss):
         """Take a step's loss, a tensor: it is read and shown every 0.2 s."""
-        if INTERRUPTS:  # a signal came, but its exception was lost
+        if INTERRUPTS:  # a signal came, but its exception was lost: see there
             raise KeyboardInterrupt(INTERRUPTS[0])
         self.new_losses.append(loss)
         if time.monotonic() - self.shown_time >= 0.2:
@@ -692,11 +696,11 @@ class Recorder:
     def end_epoch(self, loss, accuracy):
         self.process_losses()
         self.bar.close()
-        self.trained = loss, accuracy, time.perf_counter() - self.start_time
+        self.train_results = loss, accuracy, time.perf_counter() - self.start_time
 
     def save_epoch(self, test_loss, test_accuracy):
         check_finite(test_loss, "test loss")
-        values = [*self.trained, test_loss, test_accuracy]
+        values = [*self.train_results, test_loss, test_accuracy]
         history = {}
         for name, value in zip(PER_EPOCH, values):
             history[name] = [*self.history[name], value]
@@ -776,7 +780,7 @@ class Recorder:
             if self.has_begun:
                 message = str(error) if state == "failed" else ""
                 self.save(state, message, needed=state == "finished")
-                self.plotter.draw(self.smoothed.get())
+                self.plotter.save(self.smoothed.get())
             for path in sorted(self.folder.glob("*.png")):
                 self.comet.log_image(str(path), path.stem)
             self.comet.log_asset(str(self.folder / "report.html"), "report.html")
@@ -831,6 +835,7 @@ class Digits:
         In 15 bins of confidence; 0 is perfect: of answers 90 % sure, 90 % are correct.
         """
         bins = (15 * self.confidence).long().clamp(max=14)
+        # Of each bin the sum of (confidence - correct), which is 0 if it is calibrated:
         gaps = bins.bincount(weights=self.confidence - self.correct.double())
         return gaps.abs().sum().item() / len(self.labels)
 
@@ -951,7 +956,10 @@ COMET_DEFAULTS = {  # of Comet's variables; what the user has set wins
     "COMET_TIMEOUT_HTTP": "5",  # seconds, if the server does not answer
     "COMET_TIMEOUT_API": "5",
     "COMET_TIMEOUT_FILE_UPLOAD": "5",
-    "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "1",
+    "COMET_TIMEOUT_CLEANING": "10",  # seconds at the end for what is not sent yet
+    "COMET_TIMEOUT_UPLOAD": "30",  # and for files
+    # No retry, since that waits as long as the server says (Retry-After).
+    "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "0",
     "COMET_HTTP_SESSION_RETRY_TOTAL": "0",
 }
 NO_KEY = ("", "YOUR_API_KEY_HERE")
@@ -984,7 +992,7 @@ class Tracker:
 
 
 def start_comet(mode, folder, experiment_key):
-    """Return a Tracker of a new or an old experiment; and its address, or why not."""
+    """Return a Tracker; and the experiment's address, or why there is none."""
     if mode == "off" or RANK > 0:
         return Tracker(), "off"
     for name, value in COMET_DEFAULTS.items():
@@ -1016,7 +1024,7 @@ def open_experiment(mode, folder, experiment_key):
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
     directory = os.environ.get("COMET_OFFLINE_DIRECTORY") or str(folder)
     if not experiment_key and is_in_study(folder):
-        # Else all runs of the study would have the same COMET_EXPERIMENT_KEY.
+        # Not COMET_EXPERIMENT_KEY, which would be the same for all runs of the study.
         experiment_key = os.urandom(16).hex()
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
@@ -1048,15 +1056,22 @@ def open_experiment(mode, folder, experiment_key):
 
 def end_comet(comet, folder):
     """End the experiment; return in words where the results are."""
-    experiment_key = comet.get_key()
-    comet.end()
     location = f"results in {folder}"
     if comet.experiment is None:
         return location
+    experiment_key = comet.get_key()
+    if comet.url:
+        print("Sending the rest to Comet")
+    comet.end()
     archives = Path(comet.directory).glob(f"{experiment_key}*.zip")
     archive = max(archives, key=os.path.getmtime, default="")
     if not has_metrics(archive):
-        return f"{location}; {comet.url or 'Comet got nothing'}"
+        with suppress(OSError):
+            os.remove(archive)
+        nothing = (
+            "Comet got nothing: is the disk full, or the folder for temporary files?"
+        )
+        return f"{location}; {comet.url or nothing}"
     if comet.url is None:
         return f"{location}; {quote(['comet', 'upload', str(archive)])}"
     retry = quote(["comet", "upload", "--force-reupload", str(archive)])
@@ -1170,7 +1185,7 @@ def load_weights(models, weights, path):
 
 
 def load_predictor(path):
-    """Return the model of a file, or of a folder's newest run."""
+    """Return the predictor of a file, or of a folder's newest run; and its path."""
     path = Path(path)
     if path.suffix == ".pt" and not os.path.exists(path):
         raise UserError(f"there is no file {path}")
@@ -1191,7 +1206,7 @@ def load_predictor(path):
         names = [settings["model"]]
     if names[0] not in MODELS:
         raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
-    torch.manual_seed(settings.get("seed", 0))  # a network may draw constants
+    torch.manual_seed(settings.get("seed", 0))  # for random constants of a network
     models = [make_model(name) for name in names]
     model = load_weights(models, weights, path)
     return make_predictor(model, settings.get("recipe")).eval(), path
@@ -1349,8 +1364,8 @@ def train_all(args, folder):
         print(f"Run {names.index(name) + 1} of {len(names)}: {model_name}, seed {seed}")
         if RANK == 0:
             (folder / name).mkdir(exist_ok=True)
-        settings = vars(args) | {"model": model_name, "seed": seed, "seeds": 1}
-        train_run(argparse.Namespace(**settings), folder / name)
+        run_args = vars(args) | {"model": model_name, "seed": seed, "seeds": 1}
+        train_run(argparse.Namespace(**run_args), folder / name)
     if RANK == 0:
         runs = read_runs(folder)
         rows = [make_row(runs[name]) for name in names]
@@ -1551,7 +1566,7 @@ def find_ink(grey):
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of normal noise is below 0.32 standard deviations; noise is about two.
+    # A quarter of normal noise is below 0.32 standard deviations: 6 times that are two.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # Of 255 levels. Where the paper's own levels differ much, it may be a shadow.
@@ -1572,9 +1587,9 @@ def number_parts(mask, gap):
 
 
 def look_inside(mask, border=False):
-    """Return what lies inside the longest part; or the mask, if nothing does.
+    """Return what lies inside the longest part of the mask: a frame. Else the mask.
 
-    With `border`: inside that, and inside all that touches it.
+    `border`: the border of the picture, as the frame, with all that touches it.
     """
     numbers, sizes = number_parts(mask | border, gap=0)
     sides = sizes.max(axis=1)
@@ -1635,7 +1650,7 @@ def centre_digit(ink):
 
 
 def prepare_photo(grey):
-    """Return an image as in MNIST, uint8 (28, 28); and None, or why not."""
+    """Return an image as in MNIST, uint8 (28, 28); and None, or its problem."""
     picture = Image.fromarray(np.asarray(grey, np.float32))
     grey = np.array(picture.reduce(math.ceil(max(picture.size) / SIDE)))
     inner = without_margin(grey)
@@ -1723,7 +1738,7 @@ class OperationTracer(TorchFunctionMode):
         super().__init__()
         self.operations = []
         self.constants = {}
-        self.tensors = [image]  # kept, so that no other one gets its id
+        self.tensors = [image]  # kept: Python would use the id of a deleted one again
         weights = model.state_dict(keep_vars=True)
         self.references = {id(weights[name]): {"weight": name} for name in weights}
         self.references[id(image)] = {"tensor": 0}
@@ -1801,6 +1816,7 @@ def describe_network(recorder):
     if half_size > room:
         recorded = {"problem": "it is too large for a page"}
         weights = {}
+    # + 1, since a network may have no weights.
     snapshots = choose_snapshots(recorder, weights, room / (half_size + 1))
     precision = torch.float16 if is_half else torch.float32
     try:
@@ -1821,13 +1837,15 @@ def describe_network(recorder):
     return page_data, snapshots
 
 
-def choose_snapshots(recorder, weights, most):
-    """Return the weights of some epochs, at most `most`, in float16; with new ones."""
-    # The latest weights take the room of two, in float32; at most 8 epochs are shown.
-    count = max(1, min(8, math.floor(most) - 2))
+def choose_snapshots(recorder, weights, room):
+    """Return the weights of some epochs in float16, also those of the latest one.
+
+    `room`: how often float16 weights fit in the page, which has the latest in float32.
+    """
+    count = max(1, min(8, math.floor(room) - 2))  # of all epochs, 8 are enough
     every = math.ceil(recorder.args.epochs / count)
     snapshots = [old for old in recorder.snapshots if old["epoch"] % every == 0]
-    if most >= 3 and recorder.epochs_done % every == 0:
+    if room >= 3 and recorder.epochs_done % every == 0:
         half = {name: encode(weights[name].cpu().half()) for name in weights}
         snapshots.append({"epoch": recorder.epochs_done, "weights": half})
     return snapshots
@@ -2051,7 +2069,9 @@ def main(argv=None):
     folder = None
     status = 1
     resumable = True  # not after wrong input, or if the training has diverged
-    keeps_empty = True  # the folder, without a checkpoint; not after a bug
+    keeps_unsaved = (
+        True  # a folder without a checkpoint; not after wrong input or a bug
+    )
     try:
         args = read_settings(argv)
         if args.predict:
@@ -2067,7 +2087,7 @@ def main(argv=None):
     except SystemExit as end:  # argparse has printed why; or a network calls exit()
         status = end.code or 0
         text = ""
-        keeps_empty = False
+        keeps_unsaved = False
     except RunError as error:
         text = str(error)
         resumable = error.resumable
@@ -2075,13 +2095,13 @@ def main(argv=None):
         status = error.status
         text = str(error)
         resumable = False
-        keeps_empty = False
+        keeps_unsaved = False
     except KeyboardInterrupt as error:
         signum = error.args[0] if error.args else signal.SIGINT
         status = 128 + signum
         text = f"interrupted by {signal.Signals(signum).name}"
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     except (MemoryError, torch.OutOfMemoryError):
         text = "out of memory: use --device cpu, or a new run with a smaller batch size"
@@ -2089,22 +2109,28 @@ def main(argv=None):
         is_full = getattr(error, "errno", None) == errno.ENOSPC
         if is_full and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}"
+            drop_output()
         else:  # a bug
             traceback.print_exc()
             text = explain_bug(error)
-            keeps_empty = False
+            keeps_unsaved = False
     if text:
         warn(text)
     if folder and RANK == 0:
-        finish_folder(folder, args, resumable, keeps_empty)
+        finish_folder(folder, args, resumable, keeps_unsaved)
     return status
 
 
-def finish_folder(folder, args, resumable, keeps_empty):
+def drop_output():
+    """Print nothing more, not even what is waiting to be printed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def finish_folder(folder, args, resumable, keeps_unsaved):
     """Print how to continue a run that did not finish; or remove its folder."""
     has_checkpoint = args.resume or any(folder.rglob("checkpoint.pt"))
     has_begun = (folder / "config.json").exists()
-    is_kept = has_checkpoint or (keeps_empty and has_begun)
+    is_kept = has_checkpoint or (keeps_unsaved and has_begun)
     if not is_kept:
         shutil.rmtree(folder, ignore_errors=True)
         write_overviews(folder)

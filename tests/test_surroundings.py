@@ -63,7 +63,7 @@ def test_the_users_settings_change_no_picture(tmp_path, environment, plain):
     assert pictures == plain | curve and len(pictures) == 6
     config.write_text(STRANGE, encoding="utf-16")
     done = subprocess.run(command, capture_output=True, check=False, **how)
-    assert done.returncode == 2 and "save that file as UTF-8" in done.stderr
+    assert done.returncode == 2 and "save them as UTF-8" in done.stderr
 
 
 def test_settings_of_a_notebook_stay_and_decide_nothing(tmp_path, plain):
