@@ -545,9 +545,9 @@ class PeriodicPlotter:
 
     def plot(self, data):
         if time.monotonic() - self.last_time >= self.sec:
-            self.save(data)
+            self.draw(data)
 
-    def save(self, data):
+    def draw(self, data):
         save_picture(self.path, self.make_figure, data)
         self.last_time = time.monotonic()
 
@@ -780,7 +780,7 @@ class Recorder:
             if self.has_begun:
                 message = str(error) if state == "failed" else ""
                 self.save(state, message, needed=state == "finished")
-                self.plotter.save(self.smoothed.get())
+                self.plotter.draw(self.smoothed.get())
             for path in sorted(self.folder.glob("*.png")):
                 self.comet.log_image(str(path), path.stem)
             self.comet.log_asset(str(self.folder / "report.html"), "report.html")
@@ -1468,16 +1468,19 @@ def find_images(names):
     """Return the files of names, folders and patterns such as *.png."""
     files = []
     for name in names:
-        pattern = name
         if os.path.isdir(name):
             pattern = os.path.join(glob.escape(name), "*")
-        found = [name] if os.path.isfile(name) else sorted(glob.glob(pattern))
-        found = [file for file in found if os.path.isfile(file)]
-        pictures = [file for file in found if file.lower().endswith(PICTURES)]
-        files += pictures
-        if not pictures:
-            files.append(name)  # read_photo tries it, and says why not
+            found = [file for file in glob.glob(pattern) if is_picture(file)]
+        elif os.path.exists(name):
+            found = [name]
+        else:
+            found = glob.glob(name)
+        files += sorted(found) or [name]  # read_photo says why there is none
     return files
+
+
+def is_picture(file):
+    return file.lower().endswith(PICTURES) and os.path.isfile(file)
 
 
 def read_photo(path):
@@ -1489,10 +1492,16 @@ def read_photo(path):
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
+    if os.path.isdir(path):
+        raise UserError(f"cannot read {path}: there is no picture in this folder")
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe, for instance
+        raise UserError(f"cannot read {path}: it is not a file")
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # read_frame looks at the size
     try:
-        with warnings.catch_warnings(record=True), Image.open(path) as image:
+        # With an open file, since Pillow turns some TIFFs wrongly if it gets the path.
+        with open(path, "rb") as file, warnings.catch_warnings(record=True):
+            image = Image.open(file)
             frames = ImageSequence.Iterator(image)
             if image.format == "MPO":  # other frames are depths, for instance
                 frames = [image]
@@ -1504,38 +1513,48 @@ def read_photo(path):
         reason = getattr(error, "strerror", None) or error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    if os.path.isdir(path):
-        reason = "there is no picture in this folder"
     raise UserError(f"cannot read {path}: {reason}")
 
 
 def read_frame(image):
     """Return the grey levels of an open image, reduced if it is large."""
     image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a smaller size
-    pixel_size = 1 if image.mode == "L" else 4  # bytes, in Pillow's memory
+    # Bytes of a pixel in Pillow's memory; more if it must be converted.
+    pixel_size = {"L": 1, "RGB": 4, "CMYK": 4}.get(image.mode, 12)
     if image.width * image.height * pixel_size > MOST_MEMORY:
         raise ValueError("it is too large: save it smaller, or as JPEG")
-    if image.mode[0] in "IF":  # 16 or 32 bits
-        levels = np.array(ImageOps.exif_transpose(image), np.float32)
-        known = np.isfinite(levels)
-        levels[~known] = np.median(levels[known])
-        low, high = np.quantile(levels, (0.001, 0.999))  # without hot pixels
-        levels = 255 * (levels - low) / (high - low or 1)
-        return np.nan_to_num(levels).clip(0, 255)  # huge numbers have overflowed
-    if image.mode not in ("L", "RGB", "CMYK"):
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")
+    elif image.mode not in ("L", "RGB", "CMYK", "I", "F"):
         image = image.convert("RGBA")
     image = image.reduce(max(1, max(image.size) // (3 * SIDE)))  # saves memory
-    levels = np.array(ImageOps.exif_transpose(image).convert("RGBA"), np.float32)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):  # 16 or 32 bits
+        return scale_levels(np.array(image, np.float32))
+    levels = np.array(image.convert("RGBA"), np.float32)
     colours = levels[..., :3]
     opacity = levels[..., 3:] / 255
-    behind = (colours * opacity).mean() / max(opacity.mean(), 0.001)
-    if opacity.mean() < 0.5:  # ink alone: on white or black, whichever is farther
-        behind = 255 if behind < 128 else 0
+    share = max(opacity.mean(), 0.001)
+    mean = (colours * opacity).mean(axis=(0, 1)) / share
+    variance = ((colours - mean) ** 2 * opacity).mean() / share
+    behind = mean.mean()
+    if share < 0.5 or variance < 10**2:  # ink alone, nearly one colour
+        behind = 255 if behind < 128 else 0  # on white or black, whichever is farther
     colours = behind + opacity * (colours - behind)
     # Ink as bright as its paper differs more in red, green or blue than in grey.
     grey = colours @ BRIGHTNESS
     strongest = max(np.moveaxis(colours, 2, 0), key=np.std)
     return strongest if np.std(strongest) > 3 * np.std(grey) else grey
+
+
+def scale_levels(levels):
+    """Return levels of any range as grey levels, 0 to 255."""
+    known = np.isfinite(levels)
+    levels[~known] = np.median(levels[known])
+    smooth = scipy.ndimage.median_filter(levels, 3)  # without hot pixels
+    low = smooth.min()
+    levels = 255 * (levels - low) / (smooth.max() - low or 1)
+    return np.nan_to_num(levels).clip(0, 255)  # huge numbers have overflowed
 
 
 def without_margin(image):
