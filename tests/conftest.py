@@ -219,7 +219,8 @@ def watch_training(patch, stop_in=None):
     epochs, train_epoch = [], main.train_epoch
 
     def watched(model, batches, loss_function, optimizer, *more, **named):
-        weights = {name: w.clone() for name, w in model.state_dict().items()}
+        weights = {name: w.clone() for name, w in model.named_parameters()}
+        weights |= {name: buffer.clone() for name, buffer in model.named_buffers()}
         epoch = SimpleNamespace(weights=weights, batches=[], rates=[])
         epoch.loss_function, epoch.optimizer = loss_function, optimizer
         epochs.append(epoch)

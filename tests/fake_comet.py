@@ -39,11 +39,12 @@ class FakeComet:
     """The server. Its attributes may be changed while it runs.
 
     `delay`: seconds before each answer. `bad_key`: say of any key that it is unknown.
+    `busy`: ask for a new try in ten minutes, always.
     Leaving the `with` block cuts all connections, so that it doubles as an outage.
     """
 
-    def __init__(self, bad_key=False, delay=0.0):
-        self.bad_key, self.delay = bad_key, delay
+    def __init__(self, bad_key=False, delay=0.0, busy=False):
+        self.bad_key, self.delay, self.busy = bad_key, delay, busy
         self.lock = threading.Lock()
         self.connections = []
         self.experiments = set()  # their keys
@@ -114,7 +115,8 @@ class FakeComet:
             self.requests.append((path, body))
             status, reply = self.take(path, query, body, files)
         reply = json.dumps(reply).encode()
-        handler.send_response(status)
+        handler.send_response(503 if self.busy else status)
+        handler.send_header("Retry-After", "600")
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(reply)))
         handler.end_headers()

@@ -57,9 +57,6 @@ def classify(model_file, digits):
     return model(batch).argmax(dim=1).tolist()
 
 
-# ----- the preparation
-
-
 @pytest.mark.parametrize("kind", photos.KINDS)
 def test_ten_drawings_of_each_kind(model_file, kind):
     prepared = [prepare(photos.draw(kind, digit, 1)) for digit in range(10)]
@@ -111,9 +108,6 @@ def test_an_answer_is_ahead_of_the_second_by_a_fifth(tmp_path, model_file, capsy
         assert ("no answer: not clear; closest" in line) is (lead < 0.2), (line, lead)
 
 
-# ----- files
-
-
 def test_bad_files_get_a_line_each_and_the_others_an_answer(tmp_path, predict):
     whole = io.BytesIO()
     as_image(photos.draw("dark on light", 3)).save(whole, "PNG")
@@ -137,9 +131,6 @@ def test_bad_files_get_a_line_each_and_the_others_an_answer(tmp_path, predict):
     assert ANSWER.fullmatch(lines[1])[1] == "good.png"
     assert predict("missing.png", status=2)[0][1:] == []  # and no empty folder
     assert len(list((tmp_path / "runs").iterdir())) == 1
-
-
-# ----- the command
 
 
 def test_it_says_and_draws_what_the_network_sees(tmp_path, predict, model_file):
@@ -215,13 +206,13 @@ def save_pgm(path, most):
     path.write_bytes(b"P5 %d %d %d\n" % (*grey.shape[::-1], most) + grey.tobytes())
 
 
-def save_levels(path, scale, shift, kind):
-    levels = draw_seven((30, 220)) * scale + shift
-    Image.fromarray(levels.astype(kind)).save(path)
+def save_levels(path, scale, shift, kind, margin=0):
+    levels = np.pad(draw_seven((30, 220)), margin, constant_values=220)
+    Image.fromarray((levels * scale + shift).astype(kind)).save(path)
 
 
-def save_transparent(path, colour):
-    opacity = draw_seven((255, 0)).astype(np.uint8)
+def save_transparent(path, colour, levels=(255, 0)):
+    opacity = draw_seven(levels).astype(np.uint8)
     image = Image.new("RGBA", opacity.shape[::-1], colour)
     image.putalpha(Image.fromarray(opacity))
     image.save(path)
@@ -256,7 +247,10 @@ LEVELS = {  # file: how it is saved
     "orange.webp": lambda path: save_transparent(path, "#FF5722"),
     "slate.png": lambda path: save_transparent(path, "#708090"),
     "palette.png": lambda path: as_image(draw_seven((30, 220))).convert("P").save(path),
+    "hole.png": lambda path: save_transparent(path, "#1E90FF", (0, 255)),
+    "small.png": lambda path: save_levels(path, 257, 0, np.uint16, 900),
     "turned.jpg": save_turned,
+    "turned.tif": save_turned,
     "as-bright.png": save_colours,
     "animated.gif": save_second_page,
     "pages.tif": save_second_page,
@@ -279,7 +273,11 @@ def test_in_a_folder_only_pictures_are_looked_at(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     assert main.find_images([str(tmp_path)]) == [str(tmp_path / "7.png")]
-    assert main.find_images([f"{tmp_path}/model.h5"]) == [f"{tmp_path}/model.h5"]
+    for name in "model.h5", "*.h5":
+        assert main.find_images([f"{tmp_path}/{name}"]) == [f"{tmp_path}/model.h5"]
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(main.UserError, match="not a file"):
+        main.read_photo(tmp_path / "pipe.png")
 
 
 def test_large_photographs_are_read_reduced(tmp_path, recwarn, monkeypatch):

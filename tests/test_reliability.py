@@ -310,9 +310,6 @@ def test_a_run_goes_on_under_nohup_and_with_locked_pictures(tmp_path, stories):
     assert outcome(run.run_dir) == outcome(stories[signal.SIGKILL].whole)
 
 
-# ----- Files from elsewhere
-
-
 class Evil:
     """Makes a folder when it is unpickled."""
 

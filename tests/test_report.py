@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAINT, ROOT, WIDE, read_data, run_here
+from PIL import Image
 from test_network import Attention, Residual
 from torch import nn
 
@@ -232,7 +233,7 @@ def test_drawings_are_prepared_as_predict_prepares_the_pixels(open_page, page_of
     page, wrong = open_page(page_of("fc")), {}
     for text in [*DIGITS, *ONE, *SEVERAL, *GAPS]:
         file = io.BytesIO(base64.b64decode(page.evaluate(DRAW, strokes_of(text))))
-        digit, problem = main.prepare_photo(main.read_photo(file))
+        digit, problem = main.prepare_photo(main.read_frame(Image.open(file)))
         is_several = answer(page).startswith("No answer: more than one digit")
         difference = (seen(page) - torch.tensor(digit)).abs().max()
         if (not problem and difference > 1) or is_several is not (text in SEVERAL):
