@@ -1904,9 +1904,10 @@ def write_page(path, values):
     try:
         if path.exists() and not is_page(path):
             raise OSError("it is not a page of this script; rename it")
-        page = (PAGE / "report.html").read_text(encoding="utf-8")
+        # An edited part may be in another encoding: hence errors="replace".
+        page = (PAGE / "report.html").read_text(encoding="utf-8", errors="replace")
         for file in [*PAGE.glob("*.css"), *PAGE.glob("*.js")]:
-            text = file.read_text(encoding="utf-8", errors="replace")  # if edited
+            text = file.read_text(encoding="utf-8", errors="replace")
             link = f'<link rel="stylesheet" href="{file.name}">'
             page = page.replace(link, f"<style>\n{text}</style>")
             script = f'<script src="{file.name}"></script>'
@@ -2122,11 +2123,13 @@ def main(argv=None):
     except BrokenPipeError:  # | head
         drop_output()
         return 1
-    except (MemoryError, torch.OutOfMemoryError):
-        text = "out of memory: use --device cpu, or a new run with a smaller batch size"
     except Exception as error:  # noqa: BLE001
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        no_memory |= "can't allocate memory" in str(error)  # on a CPU
         is_full = getattr(error, "errno", None) == errno.ENOSPC
-        if is_full and not error.filename:  # of a print
+        if no_memory:
+            text = "out of memory: use --device cpu, or a new run with smaller batches"
+        elif is_full and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}"
             drop_output()
         else:  # a bug
