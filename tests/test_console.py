@@ -24,8 +24,7 @@ import main
 
 RULE = "=" * 70
 BAR = re.compile(r" *\d+%\|.*\| \d+/32 \[.*(it/s|s/it).*\] *")
-FILES = """
-loss_curve.png sample_prediction.png single_prediction.png predictions_grid.png
+FILES = """loss_curve.png sample_prediction.png single_prediction.png predictions_grid.png
 worst_mistakes.png confusion_matrix.png config.json metrics.json report.html
 model.pt checkpoint.pt"""
 

@@ -247,8 +247,8 @@ LEVELS = {  # file: how it is saved
     "orange.webp": lambda path: save_transparent(path, "#FF5722"),
     "slate.png": lambda path: save_transparent(path, "#708090"),
     "palette.png": lambda path: as_image(draw_seven((30, 220))).convert("P").save(path),
-    "hole.png": lambda path: save_transparent(path, "#1E90FF", (0, 255)),
-    "small.png": lambda path: save_levels(path, 257, 0, np.uint16, 900),
+    "hole.png": lambda path: save_transparent(path, "#808080", (0, 255)),
+    "small.png": lambda path: save_levels(path, 257, 0, np.uint16, 1500),
     "turned.jpg": save_turned,
     "turned.tif": save_turned,
     "as-bright.png": save_colours,
@@ -289,6 +289,8 @@ def test_large_photographs_are_read_reduced(tmp_path, recwarn, monkeypatch):
     image = Image.open(path)
     main.read_frame(image)
     assert image.size == (2000, 1500)  # as it was decoded
+    with pytest.raises(ValueError, match="too large"):
+        main.read_frame(Image.new("1", (8000, 8000)))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 1), (0, 2), (6, 6), (20, 20)])

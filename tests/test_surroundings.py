@@ -46,10 +46,10 @@ def plain(tmp_path_factory):
 
 def test_the_users_settings_change_no_picture(tmp_path, environment, plain):
     """A matplotlibrc, a notebook's backend, and TQDM_DISABLE: in a process of its own."""
-    strange = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     config = tmp_path / "home" / "matplotlibrc"
     config.write_text(STRANGE, encoding="utf-8")
-    settings = environment | strange | {"TQDM_DISABLE": "1"}
+    backend = "module://matplotlib_inline.backend_inline"
+    settings = environment | {"MPLBACKEND": backend, "TQDM_DISABLE": "1"}
     command = [sys.executable, ROOT / "main.py", *QUICK, "--comet=off"]
     how = {"cwd": tmp_path, "env": settings, "encoding": "utf-8"}
     done = subprocess.run(command, capture_output=True, check=False, **how)
@@ -88,7 +88,6 @@ def test_no_picture_ends_a_run(tmp_path, monkeypatch, capsys, name):
 
 
 def test_a_bar_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
-    """As with TQDM_ASCII=1, which tqdm reads when it is imported."""
     monkeypatch.setattr(main, "tqdm", functools.partial(main.tqdm, ascii="1"))
     run_here(tmp_path, *QUICK)
     assert "no progress bar: unset TQDM_" in capsys.readouterr().err
@@ -215,8 +214,8 @@ def test_an_archive_without_metrics_is_not_offered(tmp_path, kind):
     comet, _ = main.start_comet("offline", tmp_path, None)
     comet.log_metric("loss", 1.5, step=1)
     place = main.end_comet(kind(comet.experiment, comet.directory), tmp_path)
-    is_whole = kind is main.Tracker
-    assert ("comet upload" in place) is any(tmp_path.glob("*.zip")) is is_whole
+    assert ("comet upload" in place) is (kind is main.Tracker)
+    assert any(tmp_path.glob("*.zip")) is ("comet upload" in place)
 
 
 def test_a_project_that_was_moved_goes_on(tmp_path, monkeypatch):
