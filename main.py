@@ -90,7 +90,7 @@ SEED = 0  # for the initial weights and the shuffling
 SEEDS = 1  # number of runs, with SEED, SEED + 1, ...
 LIMIT = 0  # train on the first LIMIT images only; 0: on all 60,000
 
-# What the accurate recipe sets instead (lr differs); more in its section.
+# What the accurate recipe sets instead; more in its section.
 ACCURATE = {"epochs": 7, "batch_size": 64, "lr": 0.1, "optimizer": "sgd"}
 
 # Where
@@ -124,8 +124,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         """Map normalised images (N, 1, 28, 28) to scores: logits (N, 10)."""
-        # Convolution, ReLU, max-pool. Pooling first is the same and faster, since
-        # max(relu(a), relu(b)) = relu(max(a, b)).
+        # Usually: convolution, ReLU, max-pool. Here pooling comes before ReLU: the same,
+        # since max(relu(a), relu(b)) = relu(max(a, b)), and faster.
         x = F.relu(self.pool1(self.conv1(x)))  # (N, 24, 13, 13)
         x = F.relu(self.pool2(self.conv2(x)))  # (N, 36, 5, 5)
         x = self.relu(self.fc1(self.flatten(x)))  # (N, 900) -> (N, 128)
@@ -183,8 +183,8 @@ def normalise(images):
 def make_batches(images, labels, batch_size=100, order=None):
     """Yield normalised images (N, 1, 28, 28) and labels (N,), a batch at a time.
 
-    `order`: indices of the images to use; None: all. A test gives the same results with
-    any `batch_size`. This does the job of a DataLoader, faster: MNIST fits in memory.
+    `order`: indices of the images to use; None: all. 100 is for tests, which give the
+    same results with any size. It does the job of a DataLoader, faster: MNIST is small.
     """
     if order is None:
         order = torch.arange(len(labels), device=labels.device)
@@ -228,14 +228,14 @@ def evaluate(model, batches, loss_function=F.cross_entropy):
     """
     was_training = model.training
     model.eval()
-    loss_sum, correct, all_logits = 0, 0, []
+    loss_sum, correct, parts = 0, 0, []
     for images, labels in batches:
         logits = model(images)
         loss_sum += loss_function(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
-        all_logits.append(logits)
+        parts.append(logits)
     model.train(was_training)
-    all_logits = torch.cat(all_logits).float()
+    all_logits = torch.cat(parts).float()
     count = len(all_logits)
     return float(loss_sum) / count, int(correct) / count, all_logits
 
@@ -255,9 +255,8 @@ def train_run(args, folder):
     epoch_steps = math.ceil(count / args.batch_size)
 
     # --- 2. Model, loss, optimizer ---
-    # Softmax is inside this loss: the model returns logits.
-    smoothing = SMOOTHING if is_accurate else 0
-    loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    smoothing = LABEL_SMOOTHING if is_accurate else 0
+    loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)  # includes softmax
     # A throwaway copy is tried first, so that a bug in your network shows now.
     check_model(make_model(args.model, device), loss_function, images[:2], labels[:2])
     torch.manual_seed(args.seed)
@@ -270,13 +269,14 @@ def train_run(args, folder):
     recorder = Recorder(args, folder, device, epoch_steps, model, optimizer)
     if args.resume:
         recorder.load_checkpoint()  # into model and optimizer, too
-    done = recorder.epochs_done  # 0, unless resumed
-    # Learning rate: lr * schedule(step); constant in the classic recipe.
-    schedule = lambda step: 1.0
+    steps_done = recorder.epochs_done * epoch_steps  # 0, unless resumed
+    # Learning rate: lr * schedule(step)
     if is_accurate:
         schedule = functools.partial(one_cycle, args.epochs * epoch_steps)
-    # LambdaLR counts scheduler.step() as epochs. last_epoch: the last one done, from 0.
-    scheduler = LambdaLR(optimizer, schedule, last_epoch=done * epoch_steps - 1)
+    else:
+        schedule = lambda step: 1.0  # constant
+    # What LambdaLR calls an epoch is our step. last_epoch: the last one done, from 0.
+    scheduler = LambdaLR(optimizer, schedule, last_epoch=steps_done - 1)
     # LAUNCHED by torchrun: the processes have the same weights and average gradients.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
@@ -286,7 +286,7 @@ def train_run(args, folder):
         print_title(f"TRAINING {args.model.upper()} MODEL")
         print(model)
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
-        for epoch in range(done + 1, args.epochs + 1):
+        for epoch in range(recorder.epochs_done + 1, args.epochs + 1):
             recorder.start_epoch()
             # Each epoch (at most 10,000) has its own seed: a resumed run goes on exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
@@ -297,16 +297,16 @@ def train_run(args, folder):
             batches = make_batches(images, labels, batch_size, order)
             if is_accurate:
                 batches = augment(batches, make_distortions(count)[mine])
-            loss, accuracy = train_epoch(
+            train_loss, train_accuracy = train_epoch(
                 ddp_model, batches, loss_function, optimizer, scheduler, recorder.add
             )
-            loss, accuracy = average(loss, accuracy, device)  # torchrun
-            recorder.end_epoch(loss, accuracy)
-            if RANK == 0:  # a test to watch, not to choose by; without label smoothing
+            train_loss, train_accuracy = average(train_loss, train_accuracy, device)
+            recorder.end_epoch(train_loss, train_accuracy)
+            if RANK == 0:  # a test to watch: do not choose settings by it
                 test_batches = make_batches(test_images, test_labels)
                 test_loss, test_accuracy, _ = evaluate(model, test_batches)
                 recorder.save_epoch(test_loss, test_accuracy)
-            print(f"Epoch {epoch}/{args.epochs}, Accuracy: {accuracy:.4f}")
+            print(f"Epoch {epoch}/{args.epochs}, Accuracy: {train_accuracy:.4f}")
         if RANK > 0:  # with torchrun, only rank 0 tests
             return
 
@@ -318,8 +318,8 @@ def train_run(args, folder):
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
         digits = Digits(test_images, logits.softmax(dim=1), test_labels)
         print(f"Test Accuracy: {test_accuracy:.4f}\nTest Loss: {test_loss:.4f}\n")
-        single = f"Single Image Prediction: {digits.predictions[0]}"
-        print(f"{single}, Actual Label: {test_labels[0]}")
+        predicted = digits.predictions[0]
+        print(f"Single Image Prediction: {predicted}, Actual Label: {test_labels[0]}")
 
         # --- 5. Keep, in the folder ---
         # (metrics.json, loss_curve.png and report.html are written as `with` ends.)
@@ -410,7 +410,7 @@ def count_parameters(model):
 # tests/README.md: a schedule, distorted images, and nine views of each in the test.
 
 ACCURATE_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
-SMOOTHING = 0.05  # of the labels: Szegedy et al. 2016, arXiv:1512.00567
+LABEL_SMOOTHING = 0.05  # Szegedy et al. 2016, arXiv:1512.00567
 ANGLE = 5  # degrees: largest rotation and shear
 SCALE = 0.1  # fraction of the size: largest change
 SHIFT = 2  # pixels: largest shift
@@ -423,7 +423,7 @@ def get_recipe_numbers(args):
         return {}
     numbers = ACCURATE_SGD if args.optimizer == "sgd" else {}
     return numbers | {
-        "label_smoothing": SMOOTHING,
+        "label_smoothing": LABEL_SMOOTHING,
         "angle": ANGLE,
         "scale": SCALE,
         "shift": SHIFT,
@@ -432,9 +432,9 @@ def get_recipe_numbers(args):
     }
 
 
-def one_cycle(total, step):
+def one_cycle(total_steps, step):
     """Return what multiplies the learning rate: Smith 2018, arXiv:1803.09820."""
-    progress = (step + 0.5) / total  # in the middle of the step: it begins above 0
+    progress = (step + 0.5) / total_steps  # of a step's middle: it begins above 0
     rise = progress / RISING
     fall = (1 - progress) / (1 - RISING)
     return max(0.0, min(rise, fall))  # LambdaLR asks once more after the last step
@@ -445,14 +445,14 @@ def make_distortions(count):
     random = 2 * torch.rand(6, count) - 1  # from -1 to 1
     angle = math.radians(ANGLE) * random[0]
     shear = math.radians(ANGLE) * random[1]
-    width = 1 + SCALE * random[2]
-    height = 1 + SCALE * random[3]
+    x_scale = 1 + SCALE * random[2]
+    y_scale = 1 + SCALE * random[3]
     x = SHIFT / 14 * random[4]  # affine_grid's unit is 14 pixels
     y = SHIFT / 14 * random[5]
     cos, sin = angle.cos(), angle.sin()
-    # The rotation times [[width, shear], [0, height]]; and the shift:
-    top = torch.stack([width * cos, shear * cos - height * sin, x], dim=1)
-    bottom = torch.stack([width * sin, shear * sin + height * cos, y], dim=1)
+    # The rotation times [[x_scale, shear], [0, y_scale]]; and the shift:
+    top = torch.stack([x_scale * cos, shear * cos - y_scale * sin, x], dim=1)
+    bottom = torch.stack([x_scale * sin, shear * sin + y_scale * cos, y], dim=1)
     return torch.stack([top, bottom], dim=1)
 
 
@@ -499,7 +499,6 @@ def make_predictor(model, recipe):
 # What shows and saves the progress of training. LossHistory and PeriodicPlotter have
 # the interface of mitdeeplearning.util 0.7.5.
 
-# In the order of save_epoch:
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
 # Attributes that are in checkpoint.pt, beside model and optimizer:
@@ -536,10 +535,10 @@ class PeriodicPlotter:
 
     def __init__(self, sec, xlabel="", ylabel="", scale=None, path="loss.png"):
         if scale not in (None, "semilogx", "semilogy", "loglog"):
-            raise ValueError(f"unrecognized parameter scale {scale!r}")
+            raise ValueError(f"scale {scale!r}: not semilogx, semilogy or loglog")
         self.sec = sec
         self.path = path
-        self.scale = scale or "plot"
+        self.method = scale or "plot"  # of Axes
         self.axis_labels = {"xlabel": xlabel, "ylabel": ylabel}
         self.last_time = time.monotonic()
 
@@ -555,7 +554,7 @@ class PeriodicPlotter:
         self.figure = Figure(figsize=(7, 4))
         margins = {"left": 0.14, "right": 0.98, "bottom": 0.13, "top": 0.97}
         axes = self.figure.subplots(gridspec_kw=margins)
-        getattr(axes, self.scale)(range(1, len(data) + 1), data, color=BLUE)
+        getattr(axes, self.method)(range(1, len(data) + 1), data, color=BLUE)
         axes.set(**self.axis_labels)
         axes.grid(which="both", alpha=0.3)
         return self.figure
@@ -578,24 +577,23 @@ class Recorder:
         self.history = {name: [] for name in PER_EPOCH}
         self.losses = []  # of all steps
         self.snapshots = []  # the weights of some epochs, for the page
-        self.experiment_key = None  # Comet's, of a run that is resumed
+        self.experiment_key = None  # by which Comet knows this run
         self.is_online = False  # whether Comet's server gets this run
         self.location = ""  # where the results are; known when the run has ended
         self.smoothed = smooth([])
         png = folder / "loss_curve.png"
         self.plotter = PeriodicPlotter(
-            sec=2,
-            xlabel="iteration",
-            ylabel="smoothed loss",
-            scale="semilogy",
-            path=png,
+            sec=2, xlabel="step", ylabel="smoothed loss", scale="semilogy", path=png
         )
         self.comet = Tracker()
         self.results = {}  # of the test
         self.page_data = {}  # what the page shows of the network and of the test
         self.has_begun = False
+        self.program_or_problem = {}  # of the network, for the page
+        self.epoch_results = {}  # of the training, before its test
         self.new_losses = []  # tensors: not read yet
         self.bar = tqdm(disable=True)
+        self.start_time = 0  # of the epoch
         self.shown_time = 0
         self.page_time = 0
 
@@ -607,7 +605,8 @@ class Recorder:
         if RANK == 0:
             for partial in self.folder.glob("*.part"):  # the run was killed
                 partial.unlink()
-        with explaining(f"{path} or config.json is damaged; start a new run"):
+        advice = "if it or config.json is damaged, start a new run"
+        with explaining(f"cannot continue from {path} ({advice})"):
             compare_configs(read_config(self.folder), self.config)
             saved = load_tensors(path)
             load_weights([self.model], saved["model"], path)
@@ -617,7 +616,7 @@ class Recorder:
         self.smoothed = smooth(self.losses)
         if self.epochs_done > self.args.epochs:
             raise UserError(
-                f"--epochs: this run has done {self.epochs_done}; give more"
+                f"--epochs: this run has done {self.epochs_done}; give at least that"
             )
 
     @property
@@ -628,7 +627,7 @@ class Recorder:
         return self
 
     def begin(self):
-        """Start Comet; tell and save what is known before the first step.
+        """Start Comet; print and save what is known before the first step.
 
         Inside the `with` block, so that Comet is ended if this fails.
         """
@@ -645,14 +644,14 @@ class Recorder:
         self.comet.set_model_graph(str(self.model))
         was_online = self.is_online
         self.is_online = self.comet.url is not None
-        has_earlier_epochs = was_online and self.is_online
-        if not has_earlier_epochs:  # a new archive, or the server after a time offline
+        server_has_all = was_online and self.is_online
+        if not server_has_all:  # a new archive, or the server after a time offline
             for step, loss in enumerate(self.losses, 1):
                 self.comet.log_metric("loss", loss, step=step)
             for epoch in range(1, self.epochs_done + 1):
                 self.log_epoch(epoch)
         save_json(self.config, self.folder / "config.json")
-        self.recorded = record_program(self.model, self.device)
+        self.program_or_problem = record_program(self.model, self.device)
         self.page_data, self.snapshots = describe_network(self)
         self.has_begun = True
         self.save("training")
@@ -661,13 +660,13 @@ class Recorder:
         if RANK == 0:
             try:
                 self.bar = tqdm(total=self.epoch_steps)
-            except Exception as error:  # noqa: BLE001, of a variable TQDM_…
+            except Exception as error:  # noqa: BLE001, a wrong variable TQDM_…
                 warn(f"no progress bar: unset TQDM_… ({get_reason(error)})")
         self.start_time = time.perf_counter()
 
     def add(self, loss):
         """Take a step's loss, a tensor: it is read and shown every 0.2 s."""
-        if INTERRUPTS:  # a signal came, but its exception was lost: see there
+        if INTERRUPTS:  # a signal's exception was lost: see INTERRUPTS
             raise KeyboardInterrupt(INTERRUPTS[0])
         self.new_losses.append(loss)
         if time.monotonic() - self.shown_time >= 0.2:
@@ -675,11 +674,11 @@ class Recorder:
 
     def process_losses(self):
         """Read the new losses; keep, track and show them."""
-        losses = [loss.item() for loss in self.new_losses]
+        numbers = [loss.item() for loss in self.new_losses]
         self.new_losses.clear()
         # Comet's limit is 12,000 values a minute, 40 in 0.2 s: half of it for the loss.
-        every = math.ceil(len(losses) / 20) if self.comet.url else 1
-        for loss in losses:
+        every = math.ceil(len(numbers) / 20) if self.is_online else 1
+        for loss in numbers:
             check_finite(loss, "loss")
             self.losses.append(loss)
             self.smoothed.append(loss)
@@ -687,7 +686,7 @@ class Recorder:
                 self.comet.log_metric("loss", loss, step=len(self.losses))
         curve = self.smoothed.get()
         self.bar.set_postfix(loss=f"{curve[-1]:.4f}", refresh=False)
-        self.bar.update(len(losses))
+        self.bar.update(len(numbers))
         self.plotter.plot(curve)
         self.shown_time = time.monotonic()
         if self.shown_time - self.page_time >= 5:  # seconds
@@ -696,14 +695,19 @@ class Recorder:
     def end_epoch(self, loss, accuracy):
         self.process_losses()
         self.bar.close()
-        self.train_results = loss, accuracy, time.perf_counter() - self.start_time
+        self.epoch_results = {
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "epoch_seconds": time.perf_counter() - self.start_time,
+        }
 
     def save_epoch(self, test_loss, test_accuracy):
         check_finite(test_loss, "test loss")
-        values = [*self.train_results, test_loss, test_accuracy]
-        history = {}
-        for name, value in zip(PER_EPOCH, values):
-            history[name] = [*self.history[name], value]
+        values = self.epoch_results | {
+            "test_loss_per_epoch": test_loss,
+            "test_accuracy_per_epoch": test_accuracy,
+        }
+        history = {name: [*self.history[name], values[name]] for name in PER_EPOCH}
         checkpoint = {name: getattr(self, name) for name in RESUMED}
         checkpoint |= {"history": history, "model": self.model.state_dict()}
         checkpoint["optimizer"] = self.optimizer.state_dict()
@@ -724,14 +728,14 @@ class Recorder:
         try:
             save_json(metrics, self.folder / "metrics.json", needed)
         except RunError as error:
-            state, message = "failed", str(error)
+            state, message = "failed", str(error)  # for the page
             raise
         finally:
             self.update_page(state, message)
             write_overviews(self.folder)
 
     def update_page(self, state, message=""):
-        every = len(self.losses) // 10_000 + 1  # points in a chart
+        every = len(self.losses) // 10_000 + 1  # at most 10,000 points in a chart
         curve = np.round(self.smoothed.get()[every - 1 :: every], 4).tolist()
         now = {
             "kind": "run",
@@ -741,7 +745,7 @@ class Recorder:
             "curve": curve,
             "curve_every": every,
             "steps_done": len(self.losses),
-            "steps_per_epoch": self.epoch_steps,
+            "epoch_steps": self.epoch_steps,
             "history": self.history,
             "results": self.results,
         }
@@ -758,16 +762,14 @@ class Recorder:
         self.comet.log_model(self.args.model, str(path))
 
     def add_test(self, results, digits):
-        """Take what the test has shown to Comet, metrics.json and the page."""
+        """Send the test's results to Comet; keep them for metrics.json and the page."""
         self.results = results
         for name, value in results.items():
             if name == "confusion_matrix":
                 self.comet.log_confusion_matrix(matrix=value)
             else:
                 self.comet.log_metric(name, value, step=len(self.losses))
-        self.page_data["first"] = encode_digits(digits[:20])
-        mistakes = digits.get_mistakes()[:200]  # 0.2 MB
-        self.page_data["wrong"] = encode_digits(mistakes)
+        self.page_data |= encode_test(digits)
 
     def __exit__(self, kind, error, trace):
         # `kind`: the class of what ended the run early, or None
@@ -779,7 +781,7 @@ class Recorder:
         try:
             if self.has_begun:
                 message = str(error) if state == "failed" else ""
-                self.save(state, message, needed=state == "finished")
+                self.save(state, message, needed=(state == "finished"))
                 self.plotter.draw(self.smoothed.get())
             for path in sorted(self.folder.glob("*.png")):
                 self.comet.log_image(str(path), path.stem)
@@ -800,7 +802,7 @@ BLUE = "#0072B2"  # of what is right; all three are colour-blind safe
 VERMILION = "#D55E00"  # of what is wrong
 GREY = "#999999"
 FRAME_WIDTHS = {BLUE: 1, VERMILION: 4}  # for those who see no colours
-# With 256 levels, whatever image.lut is set to:
+# With 256 levels, whatever the user's matplotlib settings are:
 GREYS = matplotlib.colormaps["gray"].resampled(256)
 ORANGES = matplotlib.colormaps["Oranges"].resampled(256)
 
@@ -851,7 +853,7 @@ def summarise_test(test_loss, test_accuracy, digits):
 
 
 def save_pictures(digits, folder):
-    """Draw test digits, mistakes and the confusion matrix."""
+    """Save pictures of test digits, mistakes and the confusion matrix."""
     mistakes = digits.get_mistakes()[:20]
     save_picture(folder / "sample_prediction.png", draw_results, digits[:1])
     save_picture(folder / "single_prediction.png", draw_results, digits[:1], bars=True)
@@ -909,7 +911,7 @@ def draw_grid(images, titles, colours):
 
 
 def draw_bars(images, probabilities, titles, colours):
-    """Return a Figure of images and bars of their probabilities, two in a row."""
+    """Return a Figure of images, with bars twice as wide beside each; two in a row."""
     columns = min(2, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(6 * columns, 2.5 * rows))
@@ -1002,13 +1004,13 @@ def start_comet(mode, folder, experiment_key):
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001
-        reason = f"fails: {type(error).__name__}"
-        if isinstance(error, (ImportError, ValueError)):
-            reason += f": {error}".partition("\n")[0]
-        else:  # its text may have the API key in it
-            reason += " (look at your variables COMET_… and at ~/.comet.config)"
         if isinstance(error, ModuleNotFoundError) and "comet_ml" in str(error):
             reason = "needs: pip install comet-ml"
+        elif isinstance(error, (ImportError, ValueError)):
+            reason = f"fails: {type(error).__name__}: {error}".partition("\n")[0]
+        else:  # its text may have the API key in it
+            advice = "look at your variables COMET_… and at ~/.comet.config"
+            reason = f"fails: {type(error).__name__} ({advice})"
     if mode != "auto":
         raise UserError(f"--comet {mode} {reason}")
     return Tracker(), f"off (it {reason})"
@@ -1018,7 +1020,7 @@ def open_experiment(mode, folder, experiment_key):
     """Return what start_comet returns; raise whatever Comet raises."""
     import comet_ml
 
-    hide = COMET_API_KEY not in NO_KEY  # the code and its git patch show the key
+    shows_key = COMET_API_KEY not in NO_KEY  # in the code and in its git patch
     api_key = comet_ml.get_config("comet.api_key") or COMET_API_KEY
     if mode == "online" and api_key in NO_KEY:
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
@@ -1032,8 +1034,8 @@ def open_experiment(mode, folder, experiment_key):
         "mode": "get_or_create" if experiment_key else "create",
         "experiment_config": comet_ml.ExperimentConfig(
             offline_directory=directory,
-            log_code=not hide,
-            log_git_patch=not hide,
+            log_code=not shows_key,
+            log_git_patch=not shows_key,
             parse_args=False,
             auto_metric_logging=False,
             auto_param_logging=False,
@@ -1042,7 +1044,6 @@ def open_experiment(mode, folder, experiment_key):
     }
     target = "offline"
     if mode != "offline" and api_key not in NO_KEY:
-        target = "offline (Comet does not answer, or rejects the API key)"
         with suppress(Exception):  # its text may have the key in it
             experiment = comet_ml.start(online=True, api_key=api_key, **options)
             if experiment.alive:
@@ -1050,6 +1051,7 @@ def open_experiment(mode, folder, experiment_key):
         if mode == "online":
             text = "--comet online: no answer, or the API key is wrong; check the key"
             raise UserError(f"{text}, or use --comet offline", status=1)
+        target = "offline (Comet does not answer, or rejects the API key)"
     experiment = comet_ml.start(online=False, **options)
     return Tracker(experiment, directory), target
 
@@ -1061,16 +1063,13 @@ def end_comet(comet, folder):
         return location
     experiment_key = comet.get_key()
     if comet.url:
-        print("Sending the rest to Comet")
+        with suppress(OSError):
+            print("Sending the rest to Comet")
     comet.end()
     archives = Path(comet.directory).glob(f"{experiment_key}*.zip")
-    archive = max(archives, key=os.path.getmtime, default="")
+    archive = max(archives, key=os.path.getmtime, default=None)
     if not has_metrics(archive):
-        with suppress(OSError):
-            os.remove(archive)
-        nothing = (
-            "Comet got nothing: is the disk full, or the folder for temporary files?"
-        )
+        nothing = "Comet got nothing: make room on the disk and in its temporary folder"
         return f"{location}; {comet.url or nothing}"
     if comet.url is None:
         return f"{location}; {quote(['comet', 'upload', str(archive)])}"
@@ -1080,10 +1079,10 @@ def end_comet(comet, folder):
 
 def has_metrics(archive):
     with suppress(Exception), zipfile.ZipFile(archive) as file:
-        return b'"metricName":"loss"' in file.read("messages.json")
+        return b'"loss"' in file.read("messages.json")
 
 
-# ===== Files ==========================
+# ===== Errors, settings and files =====
 
 
 class UserError(Exception):
@@ -1095,7 +1094,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run cannot go on; what it has done is kept."""
+    """A run cannot go on; what it has saved is kept."""
 
     def __init__(self, text, resumable=True):
         super().__init__(text, status=1)
@@ -1133,7 +1132,7 @@ def quote(words):
 def make_config(args, device, model):
     """Return what config.json says of a run: its settings, its network, its computer."""
     settings = {name: getattr(args, name) for name in FLAGS}
-    decisive = {name: settings[name] for name in FLAGS if name not in PLACES}
+    repeated = {name: settings[name] for name in FLAGS if name not in SURROUNDINGS}
     packages = torch, torchvision, np, matplotlib
     return {
         "settings": settings,
@@ -1141,7 +1140,7 @@ def make_config(args, device, model):
         "network": re.sub(" at 0x[0-9a-fA-F]+", "", str(model)),  # <function f at 0x..>
         "title": type(model).__name__,
         "parameters": count_parameters(model),
-        "command": quote(["python", "main.py", *as_flags(decisive)]),
+        "command": quote(["python", "main.py", *as_flags(repeated)]),
         "device": str(device),
         "platform": f"{platform.platform()}, Python {platform.python_version()}",
         "versions": {package.__name__: package.__version__ for package in packages},
@@ -1151,15 +1150,16 @@ def make_config(args, device, model):
 
 def read_config(folder):
     """Return what config.json says of a run or a study."""
-    with explaining(f"{folder} is not a run folder, such as runs/NAME: config.json"):
+    with explaining(f"{folder} is not a run folder (runs/NAME): its config.json"):
         config = json.loads(Path(folder, "config.json").read_bytes())
-        config["settings"] = {name: config["settings"][name] for name in FLAGS}
+        known = config["settings"]  # perhaps of another version of FLAGS
+        config["settings"] = {name: known.get(name, DEFAULTS[name]) for name in FLAGS}
     return config
 
 
 def compare_configs(before, now):
     """Raise UserError if a run began with another network or other numbers."""
-    lines = []  # the old ones and the new ones, without the class's name
+    lines = []  # two lists, of before and now; without the class's name
     for config in before, now:
         numbers = config["recipe_numbers"]
         number_lines = [f"{name} {numbers[name]}" for name in numbers]
@@ -1188,15 +1188,15 @@ def load_predictor(path):
     """Return the predictor of a file, or of a folder's newest run; and its path."""
     path = Path(path)
     if path.suffix == ".pt" and not os.path.exists(path):
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}: change --checkpoint")
     if not os.path.isfile(path):  # a folder: take its newest run
         found = sorted(path.rglob("model.pt"), key=os.path.getmtime)
         if not found:
             raise UserError(f"no model.pt in {path}: python main.py makes one")
         path = found[-1]
     weights = load_tensors(path)
-    if isinstance(weights, dict):
-        weights = weights.get("model", weights)  # of a checkpoint.pt
+    if isinstance(weights, dict) and "optimizer" in weights:  # a checkpoint.pt
+        weights = weights["model"]
     if not isinstance(weights, dict):
         raise UserError(f"{path} holds no weights: give the model.pt of a run")
     settings = {}
@@ -1204,9 +1204,11 @@ def load_predictor(path):
     if (path.parent / "config.json").exists():
         settings = read_config(path.parent)["settings"]
         names = [settings["model"]]
-    if names[0] not in MODELS:
-        raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
-    torch.manual_seed(settings.get("seed", 0))  # for random constants of a network
+        if names[0] not in MODELS:
+            raise UserError(f"{path} is of {names[0]}: add it to MODELS in main.py")
+    else:
+        warn(f"no config.json beside {path}: taken for one of the classic recipe")
+    torch.manual_seed(settings.get("seed", 0))  # a network may draw random constants
     models = [make_model(name) for name in names]
     model = load_weights(models, weights, path)
     return make_predictor(model, settings.get("recipe")).eval(), path
@@ -1283,11 +1285,12 @@ def download(path, md5):
     print(f"Downloading {path.name}")
     content = b""
     for mirror in MNIST.mirrors:
-        with suppress(Exception):
-            content = urllib.request.urlopen(mirror + path.name, timeout=20).read()
+        url = mirror + path.name
+        with suppress(Exception), urllib.request.urlopen(url, timeout=20) as answer:
+            content = answer.read()
         if get_md5(content) == md5:
             break
-    else:
+    else:  # no break
         raise OSError("no mirror answers with this file")
     with suppress(OSError, RunError):  # the folder may be read-only
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1328,7 +1331,7 @@ def join_processes(args):
 
 
 def average(loss, accuracy, device):
-    """Return loss and accuracy, averaged over the processes."""
+    """Return loss and accuracy, averaged over the processes of torchrun."""
     if LAUNCHED:
         both = torch.tensor([loss, accuracy], device=device)
         distributed.all_reduce(both)
@@ -1350,16 +1353,16 @@ def train_all(args, folder):
         train_run(args, folder)
         return
     before = read_runs(folder)
-    epochs = {name: len(run["train_loss"]) for name, run in before.items()}
-    most = max(epochs.values(), default=0)
+    epochs_done = {name: len(run["train_loss"]) for name, run in before.items()}
+    most = max(epochs_done.values(), default=0)
     if most > args.epochs:
-        raise UserError(f"--epochs: a run of this study has done {most}; give more")
+        raise UserError(f"--epochs: a run has done {most}; give at least that")
     settings = {name: getattr(args, name) for name in FLAGS}
     save_json({"settings": settings}, folder / "config.json")
     names = [f"{model_name}-seed-{seed}" for seed, model_name in pairs]
     for name, (seed, model_name) in zip(names, pairs):
         is_finished = name in before and before[name]["state"] == "finished"
-        if is_finished and epochs[name] == args.epochs:
+        if is_finished and epochs_done[name] == args.epochs:
             continue
         print(f"Run {names.index(name) + 1} of {len(names)}: {model_name}, seed {seed}")
         if RANK == 0:
@@ -1390,9 +1393,10 @@ def make_row(run):
 def print_table(rows):
     """Print the runs, and each model's mean accuracy."""
     print("model  seed  parameters  seconds  train accuracy  test accuracy  test loss")
-    layout = "{:5} {:5} {:11,} {:8.1f} {:15.4f} {:14.4f} {:10.4f}"
+    layout = "{model:5} {seed:5} {parameters:11,} {seconds:8.1f} {train_accuracy:15.4f}"
+    layout += " {test_accuracy:14.4f} {test_loss:10.4f}"
     for row in rows:
-        print(layout.format(*row.values()))
+        print(layout.format(**row))
     for name in sorted({row["model"] for row in rows}):
         values = [row["test_accuracy"] for row in rows if row["model"] == name]
         if len(values) > 1:
@@ -1415,11 +1419,11 @@ def read_run(folder, time_changed):
     config = read_config(folder)
     run = json.loads((folder / "metrics.json").read_bytes())
     curve = smooth(run.pop("losses")).get()
-    every = len(curve) // 200 + 1  # points in a chart of many curves
+    every = len(curve) // 200 + 1  # at most 200 points a curve
     run["curve"] = np.round(curve[every - 1 :: every], 4).tolist()
     names = "settings", "recipe_numbers", "title", "parameters", "device"
-    run |= {name: config[name] for name in names} | {"curve_every": every}
-    return run | {"changed": time_changed / 1e9}  # in seconds
+    run |= {name: config[name] for name in names}
+    return run | {"curve_every": every, "changed": time_changed / 1e9}  # in seconds
 
 
 def read_runs(folder):
@@ -1435,7 +1439,7 @@ def read_runs(folder):
 
 
 def write_overviews(folder):
-    """Write index.html beside a run; and beside its study, if it is in one."""
+    """Write, or remove, index.html beside a run; and beside its study, if it has one."""
     if RANK > 0:
         return
     folder = folder.resolve()  # "." has no parent
@@ -1445,7 +1449,7 @@ def write_overviews(folder):
         newest_first = sorted(runs.values(), key=lambda run: -run["changed"])
         values = {"kind": "runs", "runs": newest_first, "name": parent.name}
         values["is_study"] = parent != output_dir
-        values["defaults"] = {name: FLAGS[name][0] for name in FLAGS}
+        values["defaults"] = DEFAULTS
         if runs:
             write_page(parent / "index.html", values)
         elif is_page(parent / "index.html"):
@@ -1461,7 +1465,7 @@ PICTURES += ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".w
 SIDE = 280  # pixels of the longer side in which a digit is looked for
 BRIGHTNESS = 0.299, 0.587, 0.114  # of red, green and blue: ITU-R BT.601
 MOST_MEMORY = 500_000_000  # bytes of a picture; of a JPEG, after its reduction
-LEAD = 0.2  # at least: an answer's probability minus the second one
+LEAD = 0.2  # of an answer's probability over the second one, at least
 
 
 def find_images(names):
@@ -1551,9 +1555,10 @@ def scale_levels(levels):
     """Return levels of any range as grey levels, 0 to 255."""
     known = np.isfinite(levels)
     levels[~known] = np.median(levels[known])
-    smooth = scipy.ndimage.median_filter(levels, 3)  # without hot pixels
-    low = smooth.min()
-    levels = 255 * (levels - low) / (smooth.max() - low or 1)
+    filtered = scipy.ndimage.median_filter(levels, 3)  # without hot pixels
+    low = filtered.min()
+    span = filtered.max() - low
+    levels = 255 * (levels - low) / (span or 1)
     return np.nan_to_num(levels).clip(0, 255)  # huge numbers have overflowed
 
 
@@ -1585,15 +1590,15 @@ def find_ink(grey):
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of normal noise is below 0.32 standard deviations: 6 times that are two.
+    # A quarter of noise is below 0.32 standard deviations: 6 times that is about two.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
-    # Of 255 levels. Where the paper's own levels differ much, it may be a shadow.
-    faintest = max(10, 2 * noise, np.ptp(paper) / 4)
-    if full < faintest:
+    # 10 of 255 levels. Where the paper's own levels differ much, it may be a shadow.
+    needed = max(10, 2 * noise, np.ptp(paper) / 4)
+    if full < needed:
         return None
-    faint = min(noise, full / 4)  # this much is paper; texture may look like noise
-    return np.float32((ink - faint) / (full - faint))
+    none = min(noise, full / 4)  # this much is paper; texture may look like noise
+    return np.float32((ink - none) / (full - none))
 
 
 def number_parts(mask, gap):
@@ -1605,16 +1610,13 @@ def number_parts(mask, gap):
     return numbers, np.array([(0, 0), *sizes])  # 0 is the paper
 
 
-def look_inside(mask, border=False):
-    """Return what lies inside the longest part of the mask: a frame. Else the mask.
-
-    `border`: the border of the picture, as the frame, with all that touches it.
-    """
-    numbers, sizes = number_parts(mask | border, gap=0)
+def look_inside(mask, frames):
+    """Return what the longest part of `frames` encloses; the mask if it is no frame."""
+    numbers, sizes = number_parts(frames, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
-    lengths = sides[numbers * holes]  # of the part that a pixel inside is in
+    lengths = sides[numbers * holes]  # for each pixel inside: how long its part is
     is_frame = lengths.max() > 0.08 * max(sides)  # in a digit's loop are only specks
     return lengths > 0 if is_frame else mask
 
@@ -1624,8 +1626,8 @@ def cut_out(ink):
     dark = ink > 0.5  # strokes: printed lines are paler
     border = np.ones_like(dark)
     border[1:-1, 1:-1] = False
-    inside = look_inside(dark, border)  # without what touches the border
-    inside = look_inside(inside)  # without a frame around the digit
+    inside = look_inside(dark, frames=dark | border)  # without what touches the border
+    inside = look_inside(inside, frames=inside)  # without a frame around the digit
     numbers, sizes = number_parts(inside, gap=1 + max(dark.shape) // 100)
     counts = np.bincount(numbers[inside])  # pixels of each part
     largest = counts.argmax()
@@ -1638,8 +1640,9 @@ def cut_out(ink):
     unclear |= width > 2 * height  # digits that touch
     unclear |= counts[largest] < sum(counts) / 2  # many parts: a text, a pattern
     # What touches two borders, but does not fill the picture, is a shadow.
-    in_corner = digit[[0, -1]].any() and digit[:, [0, -1]].any()
-    unclear |= in_corner and min(height / len(digit), width / len(digit[0])) < 0.8
+    touches_two = digit[[0, -1]].any() and digit[:, [0, -1]].any()
+    fills = min(height / len(digit), width / len(digit[0])) >= 0.8
+    unclear |= touches_two and not fills
     digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
     return ink.clip(0, 1) * digit, unclear
 
@@ -1686,7 +1689,7 @@ def prepare_photo(grey):
 @torch.no_grad()
 def predict_files(args):
     """Classify the files of --predict; return the exit status."""
-    model, path = load_predictor(args.checkpoint or args.output_dir)
+    predictor, path = load_predictor(args.checkpoint or args.output_dir)
     print(f"Model: {path}")
     status = 0
     answers = []
@@ -1699,16 +1702,16 @@ def predict_files(args):
             continue
         # Twice, since some networks squeeze() a single image.
         images = normalise(torch.tensor(np.stack([image, image])))
-        row = model(images).float().softmax(dim=1)[0]
-        best, second = row.argsort(descending=True)[:2].tolist()
-        answer = f"{best} ({row[best]:.1%}), then {second} ({row[second]:.1%})"
-        if row[best] - row[second] < LEAD and not problem:
+        p = predictor(images).float().softmax(dim=1)[0]  # probabilities
+        best, second = p.argsort(descending=True)[:2].tolist()
+        answer = f"{best} ({p[best]:.1%}), then {second} ({p[second]:.1%})"
+        if p[best] - p[second] < LEAD and not problem:
             problem = f"not clear; closest: {answer}"
         line = f"no answer: {problem}" if problem else answer
         print(f"{name}: {line}")
         title = f"{name[-60:]}\n{line}"  # so much fits
         title = title.encode("utf-8", "replace").decode()  # a name may be no text
-        answers.append((image, row.numpy(), title, GREY if problem else BLUE))
+        answers.append((image, p.numpy(), title, GREY if problem else BLUE))
     if answers:
         picture = make_run_folder(args.output_dir, "predict") / "predictions.png"
         save_picture(picture, draw_bars, *zip(*answers[:100]))  # not too large
@@ -1734,6 +1737,12 @@ def encode_digits(digits):
     rows = np.float64(digits.probabilities).round(4).tolist()
     labels = digits.labels.tolist()
     return {"images": encode(digits.images), "probabilities": rows, "labels": labels}
+
+
+def encode_test(digits):
+    """Return the test digits that the page shows; of the mistakes 200, 0.2 MB."""
+    mistakes = digits.get_mistakes()[:200]
+    return {"first": encode_digits(digits[:20]), "wrong": encode_digits(mistakes)}
 
 
 def encode_weights(weights, precision=torch.float32):
@@ -1763,12 +1772,12 @@ class OperationTracer(TorchFunctionMode):
         self.references[id(image)] = {"tensor": 0}
 
     def as_reference(self, value):
-        """Return what stands for a value in JSON. (json.dumps calls it.)"""
+        """Return what stands for a value in JSON; note tensors. (json.dumps calls it.)"""
         if isinstance(value, slice):
             return {"slice": [value.start, value.stop, value.step]}
         if not isinstance(value, torch.Tensor):
             return str(value)  # a dtype, for instance
-        self.has_tensors = True
+        self.saw_tensor = True
         if id(value) not in self.references:  # made without the image
             name = f"constant {len(self.constants)}"
             self.constants[name] = value
@@ -1781,7 +1790,7 @@ class OperationTracer(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         # PyTorch calls this instead of each torch function, inside of `with`.
-        self.has_tensors = False  # until as_json has come to a tensor
+        self.saw_tensor = False  # until as_json has come to a tensor
         call = {"args": self.as_json(args), "kwargs": self.as_json(kwargs or {})}
         call["op"] = function.__name__
         if call["op"] == "__get__":  # of a property: x.T
@@ -1789,8 +1798,8 @@ class OperationTracer(TorchFunctionMode):
         result = function(*args, **kwargs or {})
         results = result if isinstance(result, (tuple, list)) else [result]
         tensors = [value for value in results if isinstance(value, torch.Tensor)]
-        is_operation = tensors or call["op"] == "__setitem__"
-        if self.has_tensors and is_operation:
+        is_operation = bool(tensors) or call["op"] == "__setitem__"
+        if self.saw_tensor and is_operation:
             for tensor in tensors:
                 self.references[id(tensor)] = {"tensor": len(self.tensors)}
                 self.tensors.append(tensor)
@@ -1801,13 +1810,13 @@ class OperationTracer(TorchFunctionMode):
 @torch.no_grad()
 def trace_program(model, image):
     """Return what model(image) computes, in evaluation mode, call by call."""
-    with OperationTracer(model.eval(), image) as calls:
+    with OperationTracer(model.eval(), image) as tracer:
         logits = model(image)
     return {
-        "operations": calls.operations,
-        "output": calls.as_reference(logits),
-        "shapes": [list(tensor.shape) for tensor in calls.tensors],
-        "constants": encode_weights(calls.constants),
+        "operations": tracer.operations,
+        "output": tracer.as_reference(logits),
+        "shapes": [list(tensor.shape) for tensor in tracer.tensors],
+        "constants": encode_weights(tracer.constants),
     }
 
 
@@ -1821,15 +1830,15 @@ def record_program(model, device):
 
 
 def describe_network(recorder):
-    """Return a network as the page needs it; and the run's snapshots, with a new one."""
-    recorded = recorder.recorded
+    """Return a network as the page needs it; and the run's snapshots."""
+    recorded = recorder.program_or_problem
     text = json.dumps(recorded)
-    weights = {}  # those that the page uses
+    weights = {}  # those in `recorded`, as {"weight": name}: the page uses no others
     for name, tensor in recorder.model.state_dict().items():
         if f'"weight": {json.dumps(name)}' in text:
             weights[name] = tensor
     room = ROOM - len(text)
-    # In float16, 2 bytes a number, as base64:
+    # In float16: 2 bytes a number, times 4/3 as base64.
     half_size = 8 / 3 * sum(tensor.numel() for tensor in weights.values())
     is_half = 2 * half_size > room  # else there is room for float32
     if half_size > room:
@@ -1856,23 +1865,23 @@ def describe_network(recorder):
     return page_data, snapshots
 
 
-def choose_snapshots(recorder, weights, room):
-    """Return the weights of some epochs in float16, also those of the latest one.
+def choose_snapshots(recorder, weights, copies):
+    """Return the snapshots to keep: float16 weights of every few epochs.
 
-    `room`: how often float16 weights fit in the page, which has the latest in float32.
+    `copies`: so many of them fit in the page. The latest, in float32, take two.
     """
-    count = max(1, min(8, math.floor(room) - 2))  # of all epochs, 8 are enough
+    count = max(1, min(8, math.floor(copies) - 2))  # 8 are enough
     every = math.ceil(recorder.args.epochs / count)
     snapshots = [old for old in recorder.snapshots if old["epoch"] % every == 0]
-    if room >= 3 and recorder.epochs_done % every == 0:
-        half = {name: encode(weights[name].cpu().half()) for name in weights}
-        snapshots.append({"epoch": recorder.epochs_done, "weights": half})
+    if copies >= 3 and recorder.epochs_done % every == 0:
+        texts = {name: encode(weights[name].cpu().half()) for name in weights}
+        snapshots.append({"epoch": recorder.epochs_done, "weights": texts})
     return snapshots
 
 
 @torch.no_grad()
 def compute_check(recorder, is_half):
-    """Return ten images and their logits: the page checks itself by them."""
+    """Return ten images and their logits, for the page to check itself."""
     images = load_mnist(recorder.args.data_dir)[0][:10]
     predictor = make_predictor(recorder.model, recorder.args.recipe).eval()
     compute = predictor
@@ -1920,9 +1929,9 @@ def write_page(path, values):
 
 # ===== The command line ===============
 
-FLAGS = {  # name: (default, choices or lowest and highest, help)
+FLAGS = {  # name: (default, choices, lowest and highest number, or None; help)
     "recipe": (RECIPE, ("classic", "accurate"), "the settings below, as a whole"),
-    "model": (MODEL, (*MODELS, "both"), "a network of MODELS; both: fc and cnn"),
+    "model": (MODEL, None, "a network of MODELS; both: fc and cnn"),
     "epochs": (EPOCHS, (1, 10_000), "passes over the training images"),
     "batch_size": (BATCH_SIZE, (1, TRAINING_IMAGES), "images per step"),
     "lr": (LR, (1e-9, 1e9), "learning rate"),
@@ -1935,8 +1944,9 @@ FLAGS = {  # name: (default, choices or lowest and highest, help)
     "output_dir": (OUTPUT_DIR, None, "where the runs are kept"),
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
-# These change no result. A run that is resumed takes them from now:
-PLACES = "device", "data_dir", "output_dir", "comet"
+DEFAULTS = {name: details[0] for name, details in FLAGS.items()}
+# Where a run happens, not what it is; a run that is resumed takes them from now:
+SURROUNDINGS = "device", "data_dir", "output_dir", "comet"
 
 
 def as_flag(name):
@@ -1972,11 +1982,9 @@ def read_settings(argv=None):
     """Return the settings, a Namespace; argparse exits if one is wrong."""
     parser = make_parser()
     typed = sys.argv[1:] if argv is None else list(argv)
-    constants = {name: details[0] for name, details in FLAGS.items()}
-    # Parsed twice: first to see which recipe or run is asked for, then with its settings
-    # before what was typed, which wins. They are given as flags, since argparse does not
-    # check defaults.
-    args = parser.parse_args(as_flags(constants) + typed)
+    # Parsed twice: first to see which recipe or run is asked for; then with its settings,
+    # as flags (argparse does not check defaults), before what was typed: the last wins.
+    args = parser.parse_args(as_flags(DEFAULTS) + typed)
     if args.predict and args.resume:
         parser.error("--predict does not go with --resume")
     folder = None
@@ -1986,15 +1994,12 @@ def read_settings(argv=None):
         if os.path.isfile(folder):
             folder = folder.parent  # runs/NAME/checkpoint.pt
         saved = read_config(folder)["settings"]
-        for name in PLACES:
+        for name in SURROUNDINGS:
             del saved[name]
-        if saved["model"] not in FLAGS["model"][1]:
-            text = f"{folder} is of {saved['model']}"
-            parser.error(f"{text}: add it to MODELS in main.py")
     base = saved
     if args.recipe == "accurate" and not saved:
         base = ACCURATE
-    args = parser.parse_args(as_flags(constants | base) + typed)
+    args = parser.parse_args(as_flags(DEFAULTS | base) + typed)
     args.resume = folder
     check_settings(parser, args)
     if saved:
@@ -2004,6 +2009,9 @@ def read_settings(argv=None):
 
 def check_settings(parser, args):
     """Exit if a setting is out of range, or does not go with another one."""
+    if args.model not in (*MODELS, "both"):
+        text = f"--model {args.model}: add it to MODELS in main.py"
+        parser.error(f"{text}, or choose one of {', '.join(MODELS)}, both")
     for name in FLAGS:
         value = getattr(args, name)
         if type(value) is str:
@@ -2033,11 +2041,11 @@ def compare_settings(parser, args, saved):
             text = f"--resume: this run has {name} {saved[name]}"
             parser.error(f"{text}; leave {as_flags({name: value})[0]} out")
     if args.seeds < saved["seeds"]:
-        parser.error(f"--seeds: there are runs of {saved['seeds']} seeds; give more")
+        parser.error(f"--seeds: there are {saved['seeds']} already; give at least that")
 
 
 def tune_cpu():
-    """Use memory and processors so that training is fast."""
+    """Keep freed memory, and use no more threads than processors: both are faster."""
     if platform.libc_ver()[0] == "glibc":
         # Memory up to 32 MB is used again, not given back: 1.25 times as fast.
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in malloc.h
@@ -2050,8 +2058,8 @@ def tune_cpu():
         torch.set_num_threads(min(processors, torch.get_num_threads()))
 
 
-# Numbers of the signals that came, for Recorder.add: Python ignores an exception while it
-# deletes an object, such as an old figure.
+# Signals that came. Python loses an exception that is raised while it deletes an object,
+# such as an old figure: hence Recorder.add looks here.
 INTERRUPTS = []
 
 
@@ -2069,7 +2077,7 @@ def catch_signals():
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # by nohup
             with suppress(ValueError):  # not in the main thread
                 before[signum] = signal.signal(signum, stop)
     try:
@@ -2082,16 +2090,14 @@ def catch_signals():
 def main(argv=None):
     """Run the script with these arguments; return the exit status."""
     warn.cache_clear()
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, if closed
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     folder = None
-    status = 1
+    status = 1  # failed, unless set below
     resumable = True  # not after wrong input, or if the training has diverged
-    keeps_unsaved = (
-        True  # a folder without a checkpoint; not after wrong input or a bug
-    )
+    keeps_folder = True  # also without a checkpoint; not after wrong input or a bug
     try:
         args = read_settings(argv)
         if args.predict:
@@ -2107,7 +2113,7 @@ def main(argv=None):
     except SystemExit as end:  # argparse has printed why; or a network calls exit()
         status = end.code or 0
         text = ""
-        keeps_unsaved = False
+        keeps_folder = False
     except RunError as error:
         text = str(error)
         resumable = error.resumable
@@ -2115,14 +2121,14 @@ def main(argv=None):
         status = error.status
         text = str(error)
         resumable = False
-        keeps_unsaved = False
+        keeps_folder = False
     except KeyboardInterrupt as error:
         signum = error.args[0] if error.args else signal.SIGINT
-        status = 128 + signum
+        status = 128 + signum  # as shells count
         text = f"interrupted by {signal.Signals(signum).name}"
-    except BrokenPipeError:  # | head
+    except BrokenPipeError:  # main.py | head
         drop_output()
-        return 1
+        text = ""
     except Exception as error:  # noqa: BLE001
         no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         no_memory |= "can't allocate memory" in str(error)  # on a CPU
@@ -2130,16 +2136,16 @@ def main(argv=None):
         if no_memory:
             text = "out of memory: use --device cpu, or a new run with smaller batches"
         elif is_full and not error.filename:  # of a print
-            text = f"cannot write the output: {error.strerror}"
+            text = f"cannot write the output: {error.strerror}; make room there"
             drop_output()
         else:  # a bug
             traceback.print_exc()
             text = explain_bug(error)
-            keeps_unsaved = False
+            keeps_folder = False
     if text:
         warn(text)
     if folder and RANK == 0:
-        finish_folder(folder, args, resumable, keeps_unsaved)
+        finish_folder(folder, args, resumable, keeps_folder)
     return status
 
 
@@ -2148,18 +2154,18 @@ def drop_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def finish_folder(folder, args, resumable, keeps_unsaved):
+def finish_folder(folder, args, resumable, keeps_folder):
     """Print how to continue a run that did not finish; or remove its folder."""
     has_checkpoint = args.resume or any(folder.rglob("checkpoint.pt"))
-    has_begun = (folder / "config.json").exists()
-    is_kept = has_checkpoint or (keeps_unsaved and has_begun)
+    has_config = (folder / "config.json").exists()
+    is_kept = has_checkpoint or (keeps_folder and has_config)
     if not is_kept:
         shutil.rmtree(folder, ignore_errors=True)
         write_overviews(folder)
     elif resumable:
         command = ["python", "main.py", "--resume", str(folder)]
         for name in "device", "data_dir", "comet":
-            if getattr(args, name) != FLAGS[name][0]:
+            if getattr(args, name) != DEFAULTS[name]:
                 command += as_flags({name: getattr(args, name)})
         warn(f"continue with: {quote(command)}")
 

@@ -169,20 +169,21 @@ def test_resume_keeps_the_settings_and_takes_what_may_change(settings_of, traine
     finished = trained("cnn")
     kept = json.loads((finished / "config.json").read_text())["settings"]
     found = settings_of("--resume", finished)
-    kept |= {name: found[name] for name in main.PLACES}  # are those of today
+    kept |= {name: found[name] for name in main.SURROUNDINGS}  # are those of today
     assert kept.items() <= found.items() and kept["lr"] == 0.1
     assert found["data_dir"] == main.DATA_DIR and found["comet"] == "auto"
     flags = "--epochs 9 --device cpu --comet offline --lr 0.1 --model cnn --limit 6000"
     found = settings_of("--resume", finished / "checkpoint.pt", *flags.split())
     changed = {"epochs": 9, "device": "cpu", "comet": "offline"}
     assert (kept | changed).items() <= found.items() and found["resume"] == finished
+    Path("config.json").write_text('{"settings": {"lr": 2, "gone": 1}}')  # older flags
+    assert settings_of("--resume", ".")["lr"] == 2
 
 
 def test_resume_wants_the_folder_of_a_run(refusal, trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        model = "fc", ("fc", "both"), "a network"
-        patch.setattr(main, "FLAGS", main.FLAGS | {"model": model})
-        assert "is of cnn: add it to MODELS" in refusal("--resume", trained("cnn"))
+        patch.setattr(main, "MODELS", {"own": main.CNN})  # as in a notebook
+        assert "MODELS in main.py, or choose one of own" in refusal("--model=cnn")
     for path in ("nothing_there", tmp_path):
         assert "not a run folder" in refusal("--resume", path)
     for text in (b"", b"7", b'{"settings": []}', b"\xff\0", b"[" * 100_000):

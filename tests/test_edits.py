@@ -238,7 +238,7 @@ def test_what_does_not_fit_a_run_is_told(edit, trained, capsys, monkeypatch):
     wider = break_layer(fc1=lambda: nn.Linear(900, 64), fc2=lambda: nn.Linear(64, 10))
     other = break_layer(relu=nn.Tanh)  # the weights would fit
     predict = ["--checkpoint", run_dir / "model.pt", "--predict=7.png"]
-    monkeypatch.setattr(main, "SMOOTHING", 0.2)
+    monkeypatch.setattr(main, "LABEL_SMOOTHING", 0.2)
     for network, flags, problem in (
         (main.CNN, ["--resume", run_dir, "--epochs=1"], "--epochs"),
         (main.CNN, ["--resume", accurate], "label_smoothing 0.05"),

@@ -41,7 +41,7 @@ def test_the_rate_rises_for_30_percent_of_the_steps_and_falls_to_0(accurate):
     group = accurate[1][0].optimizer.param_groups[0]
     found = [group[name] for name in ("momentum", "weight_decay", "nesterov")]
     assert found == [0.9, 2e-4, True]
-    assert accurate[1][0].loss_function.label_smoothing == main.SMOOTHING > 0
+    assert accurate[1][0].loss_function.label_smoothing == main.LABEL_SMOOTHING > 0
 
 
 def test_every_image_is_distorted_anew_in_every_epoch(accurate, mnist):

@@ -6,7 +6,7 @@ async function showRun() {
   const {epochs} = settings;
   const done = history.train_loss.length;
   const seconds = sum(history.epoch_seconds);
-  const steps = run.steps_per_epoch * epochs;
+  const steps = run.epoch_steps * epochs;
   const part = Math.min(1, run.steps_done / steps);
   const left = Math.ceil(seconds / done * epochs * (1 - part));
   const time = left < 90 ? `${left} s` : `${Math.ceil(left / 60)} min`;
