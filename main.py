@@ -124,8 +124,8 @@ class CNN(nn.Module):
 
     def forward(self, x):
         """Map normalised images (N, 1, 28, 28) to scores: logits (N, 10)."""
-        # Usually: convolution, ReLU, max-pool. Here pooling comes before ReLU: the same,
-        # since max(relu(a), relu(b)) = relu(max(a, b)), and faster.
+        # Usually: convolution, ReLU, max-pool. Here pooling comes before ReLU: the
+        # same, since max(relu(a), relu(b)) = relu(max(a, b)), and faster.
         x = F.relu(self.pool1(self.conv1(x)))  # (N, 24, 13, 13)
         x = F.relu(self.pool2(self.conv2(x)))  # (N, 36, 5, 5)
         x = self.relu(self.fc1(self.flatten(x)))  # (N, 900) -> (N, 128)
@@ -183,8 +183,8 @@ def normalise(images):
 def make_batches(images, labels, batch_size=100, order=None):
     """Yield normalised images (N, 1, 28, 28) and labels (N,), a batch at a time.
 
-    `order`: indices of the images to use; None: all. 100 is for tests, which give the
-    same results with any size. It does the job of a DataLoader, faster: MNIST is small.
+    `order`: indices of the images to use; None: all. 100 is for evaluate, which gives
+    the same with any size. It does a DataLoader's job, faster: MNIST fits in memory.
     """
     if order is None:
         order = torch.arange(len(labels), device=labels.device)
@@ -288,7 +288,7 @@ def train_run(args, folder):
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(recorder.epochs_done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # Each epoch (at most 10,000) has its own seed: a resumed run goes on exactly.
+            # A seed for each epoch (10,000 at most): a resumed run goes on exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
             # The share of process RANK, of WORLD_SIZE; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
@@ -328,6 +328,10 @@ def train_run(args, folder):
         save_pictures(digits, folder)
     print(f"All runs: {get_output_dir(folder) / 'index.html'}")
     print_title(f"TRAINING COMPLETE - {recorder.location}")
+
+
+# ===== Helpers of the run =============
+# From here on there are helpers, and main() at the end.
 
 
 def select_device(name="auto"):
@@ -406,8 +410,8 @@ def count_parameters(model):
 
 
 # ===== The accurate recipe ============
-# From here on: helpers, and main() at the end. This recipe was chosen as in
-# tests/README.md: a schedule, distorted images, and nine views of each in the test.
+# A schedule, distorted images, and nine views of each in the test; chosen as in
+# tests/README.md.
 
 ACCURATE_SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 2e-4}
 LABEL_SMOOTHING = 0.05  # Szegedy et al. 2016, arXiv:1512.00567
@@ -501,7 +505,7 @@ def make_predictor(model, recipe):
 
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
-# Attributes that are in checkpoint.pt, beside model and optimizer:
+# Attributes in checkpoint.pt, beside model and optimizer (history: of PER_EPOCH):
 RESUMED = "history", "losses", "snapshots", "experiment_key", "is_online"
 
 
@@ -589,7 +593,7 @@ class Recorder:
         self.results = {}  # of the test
         self.page_data = {}  # what the page shows of the network and of the test
         self.has_begun = False
-        self.program_or_problem = {}  # of the network, for the page
+        self.program_or_problem = {}  # the network's calls, or why there are none
         self.epoch_results = {}  # of the training, before its test
         self.new_losses = []  # tensors: not read yet
         self.bar = tqdm(disable=True)
@@ -644,17 +648,19 @@ class Recorder:
         self.comet.set_model_graph(str(self.model))
         was_online = self.is_online
         self.is_online = self.comet.url is not None
-        server_has_all = was_online and self.is_online
-        if not server_has_all:  # a new archive, or the server after a time offline
-            for step, loss in enumerate(self.losses, 1):
-                self.comet.log_metric("loss", loss, step=step)
-            for epoch in range(1, self.epochs_done + 1):
-                self.log_epoch(epoch)
+        if not (was_online and self.is_online):  # else Comet's server has them
+            self.log_earlier_epochs()
         save_json(self.config, self.folder / "config.json")
         self.program_or_problem = record_program(self.model, self.device)
         self.page_data, self.snapshots = describe_network(self)
         self.has_begun = True
         self.save("training")
+
+    def log_earlier_epochs(self):
+        for step, loss in enumerate(self.losses, 1):
+            self.comet.log_metric("loss", loss, step=step)
+        for epoch in range(1, self.epochs_done + 1):
+            self.log_epoch(epoch)
 
     def start_epoch(self):
         if RANK == 0:
@@ -775,7 +781,8 @@ class Recorder:
         # `kind`: the class of what ended the run early, or None
         states = {None: "finished", KeyboardInterrupt: "stopped"}
         state = states.get(kind, "failed")
-        self.bar.close()
+        with suppress(OSError):  # nobody reads what it prints
+            self.bar.close()
         if state == "stopped" and RANK == 0:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
         try:
@@ -1026,7 +1033,7 @@ def open_experiment(mode, folder, experiment_key):
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
     directory = os.environ.get("COMET_OFFLINE_DIRECTORY") or str(folder)
     if not experiment_key and is_in_study(folder):
-        # Not COMET_EXPERIMENT_KEY, which would be the same for all runs of the study.
+        # Not COMET_EXPERIMENT_KEY, which would be the same for all runs of --seeds.
         experiment_key = os.urandom(16).hex()
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
@@ -1068,9 +1075,9 @@ def end_comet(comet, folder):
     comet.end()
     archives = Path(comet.directory).glob(f"{experiment_key}*.zip")
     archive = max(archives, key=os.path.getmtime, default=None)
-    if not has_metrics(archive):
-        nothing = "Comet got nothing: make room on the disk and in its temporary folder"
-        return f"{location}; {comet.url or nothing}"
+    if not has_metrics(archive):  # or there is none
+        advice = "Comet got nothing: make room on the disk and in its temporary folder"
+        return f"{location}; {comet.url or advice}"
     if comet.url is None:
         return f"{location}; {quote(['comet', 'upload', str(archive)])}"
     retry = quote(["comet", "upload", "--force-reupload", str(archive)])
@@ -1130,7 +1137,7 @@ def quote(words):
 
 
 def make_config(args, device, model):
-    """Return what config.json says of a run: its settings, its network, its computer."""
+    """Return what config.json says of a run: settings, network, computer."""
     settings = {name: getattr(args, name) for name in FLAGS}
     repeated = {name: settings[name] for name in FLAGS if name not in SURROUNDINGS}
     packages = torch, torchvision, np, matplotlib
@@ -1181,7 +1188,8 @@ def load_weights(models, weights, path):
             first, _, others = str(error).partition("\n")
             problems.append(others or first)  # others: which names and sizes
     text = f"the layers in main.py are not those of {path}: put the old ones back"
-    raise UserError(f"{text}: {min(problems, key=len):.300}")
+    nearest = min(problems, key=len)  # of the network that fits best
+    raise UserError(f"{text}: {nearest:.300}")
 
 
 def load_predictor(path):
@@ -1265,7 +1273,7 @@ def load_tensors(path):
     try:
         return torch.load(content, "cpu", weights_only=True)
     except Exception:  # noqa: BLE001, its long text recommends to run such code
-        text = f"{path} is damaged, or not written by main.py: give another file"
+        text = f"{path} is damaged, or not of main.py: give another, or start a new run"
         raise UserError(text) from None
 
 
@@ -1413,7 +1421,7 @@ def get_output_dir(folder):
     return folder.parent.parent if is_in_study(folder) else folder.parent
 
 
-@functools.cache  # by folder and time: a file that has changed is read again
+@functools.lru_cache(maxsize=500)  # a file that has changed is read again
 def read_run(folder, time_changed):
     """Return what the overview shows of a run."""
     config = read_config(folder)
@@ -1439,7 +1447,7 @@ def read_runs(folder):
 
 
 def write_overviews(folder):
-    """Write, or remove, index.html beside a run; and beside its study, if it has one."""
+    """Write or remove index.html beside a run, and beside its study, if it has one."""
     if RANK > 0:
         return
     folder = folder.resolve()  # "." has no parent
@@ -1538,11 +1546,11 @@ def read_frame(image):
     levels = np.array(image.convert("RGBA"), np.float32)
     colours = levels[..., :3]
     opacity = levels[..., 3:] / 255
-    share = max(opacity.mean(), 0.001)
-    mean = (colours * opacity).mean(axis=(0, 1)) / share
-    variance = ((colours - mean) ** 2 * opacity).mean() / share
+    opaque = max(opacity.mean(), 0.001)
+    mean = (colours * opacity).mean(axis=(0, 1)) / opaque
+    variance = ((colours - mean) ** 2 * opacity).mean() / opaque
     behind = mean.mean()
-    if share < 0.5 or variance < 10**2:  # ink alone, nearly one colour
+    if opaque < 0.5 or variance < 10**2:  # ink alone, nearly one colour
         behind = 255 if behind < 128 else 0  # on white or black, whichever is farther
     colours = behind + opacity * (colours - behind)
     # Ink as bright as its paper differs more in red, green or blue than in grey.
@@ -1588,7 +1596,7 @@ def find_ink(grey):
     for percent in 75, 25:  # strokes vanish; then what has grown shrinks again
         paper = scipy.ndimage.percentile_filter(paper, percent, window, mode="nearest")
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
-    paper = np.kron(paper, np.ones((reduction, reduction)))
+    paper = np.kron(paper, np.ones((reduction, reduction)))  # as large as before
     ink = paper[: len(grey), : grey.shape[1]] - grey
     # A quarter of noise is below 0.32 standard deviations: 6 times that is about two.
     noise = 6 * np.quantile(abs(ink), 0.25)
@@ -1597,8 +1605,8 @@ def find_ink(grey):
     needed = max(10, 2 * noise, np.ptp(paper) / 4)
     if full < needed:
         return None
-    none = min(noise, full / 4)  # this much is paper; texture may look like noise
-    return np.float32((ink - none) / (full - none))
+    blank = min(noise, full / 4)  # up to here it is paper, also if texture raises noise
+    return np.float32((ink - blank) / (full - blank))
 
 
 def number_parts(mask, gap):
@@ -1610,14 +1618,14 @@ def number_parts(mask, gap):
     return numbers, np.array([(0, 0), *sizes])  # 0 is the paper
 
 
-def look_inside(mask, frames):
-    """Return what the longest part of `frames` encloses; the mask if it is no frame."""
-    numbers, sizes = number_parts(frames, gap=0)
+def look_inside(mask, lines):
+    """Return what lies inside the longest part of `lines`; if only specks, the mask."""
+    numbers, sizes = number_parts(lines, gap=0)
     sides = sizes.max(axis=1)
     longest = numbers == sides.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
     lengths = sides[numbers * holes]  # for each pixel inside: how long its part is
-    is_frame = lengths.max() > 0.08 * max(sides)  # in a digit's loop are only specks
+    is_frame = lengths.max() > 0.08 * max(sides)  # a digit's loop has specks in it
     return lengths > 0 if is_frame else mask
 
 
@@ -1626,8 +1634,9 @@ def cut_out(ink):
     dark = ink > 0.5  # strokes: printed lines are paler
     border = np.ones_like(dark)
     border[1:-1, 1:-1] = False
-    inside = look_inside(dark, frames=dark | border)  # without what touches the border
-    inside = look_inside(inside, frames=inside)  # without a frame around the digit
+    # Without what touches the border, if there is more; then without a drawn frame.
+    inside = look_inside(dark, lines=dark | border)
+    inside = look_inside(inside, lines=inside)
     numbers, sizes = number_parts(inside, gap=1 + max(dark.shape) // 100)
     counts = np.bincount(numbers[inside])  # pixels of each part
     largest = counts.argmax()
@@ -1639,7 +1648,7 @@ def cut_out(ink):
     unclear = sum(tall) > 1
     unclear |= width > 2 * height  # digits that touch
     unclear |= counts[largest] < sum(counts) / 2  # many parts: a text, a pattern
-    # What touches two borders, but does not fill the picture, is a shadow.
+    # What touches two adjacent borders, but does not fill the picture, is a shadow.
     touches_two = digit[[0, -1]].any() and digit[:, [0, -1]].any()
     fills = min(height / len(digit), width / len(digit[0])) >= 0.8
     unclear |= touches_two and not fills
@@ -1772,7 +1781,7 @@ class OperationTracer(TorchFunctionMode):
         self.references[id(image)] = {"tensor": 0}
 
     def as_reference(self, value):
-        """Return what stands for a value in JSON; note tensors. (json.dumps calls it.)"""
+        """Return a value's stand-in in JSON. (For json.dumps.) Tensors are noted."""
         if isinstance(value, slice):
             return {"slice": [value.start, value.stop, value.step]}
         if not isinstance(value, torch.Tensor):
@@ -1929,7 +1938,7 @@ def write_page(path, values):
 
 # ===== The command line ===============
 
-FLAGS = {  # name: (default, choices, lowest and highest number, or None; help)
+FLAGS = {  # name: (default, allowed, help); allowed: choices, or lowest and highest
     "recipe": (RECIPE, ("classic", "accurate"), "the settings below, as a whole"),
     "model": (MODEL, None, "a network of MODELS; both: fc and cnn"),
     "epochs": (EPOCHS, (1, 10_000), "passes over the training images"),
@@ -1982,8 +1991,8 @@ def read_settings(argv=None):
     """Return the settings, a Namespace; argparse exits if one is wrong."""
     parser = make_parser()
     typed = sys.argv[1:] if argv is None else list(argv)
-    # Parsed twice: first to see which recipe or run is asked for; then with its settings,
-    # as flags (argparse does not check defaults), before what was typed: the last wins.
+    # Parsed twice: first to see which recipe or run is asked for; then with its flags
+    # (argparse checks no defaults) before those that were typed: the last one wins.
     args = parser.parse_args(as_flags(DEFAULTS) + typed)
     if args.predict and args.resume:
         parser.error("--predict does not go with --resume")
@@ -2058,8 +2067,8 @@ def tune_cpu():
         torch.set_num_threads(min(processors, torch.get_num_threads()))
 
 
-# Signals that came. Python loses an exception that is raised while it deletes an object,
-# such as an old figure: hence Recorder.add looks here.
+# Signals that came. Python loses an exception that is raised while it deletes an object
+# (an old figure): hence Recorder.add looks here.
 INTERRUPTS = []
 
 
@@ -2097,7 +2106,7 @@ def main(argv=None):
     folder = None
     status = 1  # failed, unless set below
     resumable = True  # not after wrong input, or if the training has diverged
-    keeps_folder = True  # also without a checkpoint; not after wrong input or a bug
+    keeps_folder = True  # even without a checkpoint; not after wrong input or a bug
     try:
         args = read_settings(argv)
         if args.predict:
@@ -2134,7 +2143,8 @@ def main(argv=None):
         no_memory |= "can't allocate memory" in str(error)  # on a CPU
         is_full = getattr(error, "errno", None) == errno.ENOSPC
         if no_memory:
-            text = "out of memory: use --device cpu, or a new run with smaller batches"
+            text = "out of memory: start a new run with smaller batches"
+            text += "; or, on a GPU, use --device cpu"
         elif is_full and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}; make room there"
             drop_output()
@@ -2177,15 +2187,15 @@ def explain_bug(error):
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = [frame for frame in frames if "self" in frame.f_locals]
     frames = [frame for frame in frames if frame.f_code.co_name == "forward"]
-    words = r"size|shape|dim|element|\dD"  # "expected 2D or 3D input"
-    of_sizes = re.search(words, str(error))
     kinds = RuntimeError, ValueError, AssertionError
-    if not isinstance(error, kinds) or not of_sizes:
+    words = r"size|shape|dim|element|\dD"  # "expected 2D or 3D input"
+    is_of_sizes = isinstance(error, kinds) and re.search(words, str(error))
+    if not frames or not is_of_sizes:
         return ""
-    if not frames:
-        return ""
+    if "more than 1 value" in str(error):  # BatchNorm
+        return "it cannot train on a batch of one image: change --batch-size or --limit"
     last = frames[-1]
-    name = "".join(last.f_code.co_varnames[1:2])  # of the input
+    name = "".join(last.f_code.co_varnames[1:2])  # of the first argument
     shape = tuple(getattr(last.f_locals.get(name), "shape", ()))
     layer = str(last.f_locals["self"]).split("(\n")[0]
     return f"compare the sizes: {name} has the shape {shape} in {layer}"

@@ -23,8 +23,8 @@ HELD_OUT = 5_000
 CANDIDATES = {  # name: (constants of main.py, flags)
     "as it is": ({}, []),
     "classic": ({}, ["--recipe=classic"]),
-    "no label smoothing": ({"SMOOTHING": 0.0}, []),
-    "label smoothing 0.1": ({"SMOOTHING": 0.1}, []),
+    "no label smoothing": ({"LABEL_SMOOTHING": 0.0}, []),
+    "label smoothing 0.1": ({"LABEL_SMOOTHING": 0.1}, []),
     "shift 1": ({"SHIFT": 1}, []),
     "shift 3": ({"SHIFT": 3}, []),
     "angle 0": ({"ANGLE": 0}, []),

@@ -156,6 +156,7 @@ BUGS = {  # name: network, Python's last line, the line after it
     "training": (break_forward(fail_in_training), ".*no_such_layer", ""),
     "init": (break_layer(fc2=lambda: nn.Linear(128)), "TypeError: .*out_features", ""),
     "type": (break_forward(lambda self, x: self.conv1(x.double())), "R.*type", ""),
+    "one": (break_layer(relu=lambda: nn.BatchNorm1d(128)), "V.* 1 v", ".*one image"),
     "linear": (
         break_layer(conv2=lambda: nn.Conv2d(24, 40, 3)),  # fc1 forgotten
         "RuntimeError: .*2x1000 and 900x128.*",
@@ -175,10 +176,11 @@ def test_a_bug_shows_its_line_and_leaves_no_folder(edit, tmp_path, capsys, bug):
     network, last, hint = BUGS[bug]
     edit(network)
     given = [*map(str, QUICK), "--comet=off", f"--output-dir={tmp_path / 'runs'}"]
+    given += ["--limit=65"]  # the second batch has one image
     given += ["--seeds=2"] * (bug == "typo")
     assert main.main(given) == 1
     error = capsys.readouterr().err
-    assert error.startswith("Traceback (most recent call last):")
+    assert error.count("Traceback (most recent call last):") == 1
     after = f"main.py: {hint}.*\n" if hint else ""
     assert re.search(f"\n{last}.*\n{after}$", error), error
     assert list((tmp_path / "runs").iterdir()) == []

@@ -91,8 +91,7 @@ def test_the_results_are_those_of_the_saved_model(accurate, mnist):
 
 def test_beyond_the_border_is_black(digits):
     """By zero padding: PyTorch's border mode is missing on MPS before 2.13."""
-    maps = main.make_distortions(len(digits[0]))
-    ((found, _),) = main.augment([digits], maps)
+    ((found, _),) = main.augment([digits], main.make_distortions(len(digits[0])))
     assert float(found.min()) == pytest.approx(main.BLACK, abs=1e-5)
     assert float(found[..., 0, 0].max()) == pytest.approx(main.BLACK, abs=1e-5)
 
