@@ -203,7 +203,7 @@ def test_a_signal_while_python_removes_an_object_is_not_lost(tmp_path, monkeypat
     plot = lambda *arguments: type("Old", (), finalizer)()
     monkeypatch.setattr(main.PeriodicPlotter, "plot", plot)
     # And `2>&1 | tee log`: the signal ends tee, too.
-    gone = {"write": lambda bar, text: once or os.write(-1, b""), "flush": id}
+    gone = {"write": lambda bar, text: once or os.write(-1, b""), "flush": list}
     monkeypatch.setattr(sys, "stderr", type("Gone", (), gone)())
     folder = run_here(tmp_path, *SMALL, status=143)
     assert read(folder, "metrics.json")["state"] == "stopped"
