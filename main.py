@@ -57,8 +57,8 @@ from torchsummary import summary
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-# For notebooks: Colab and Jupyter set MPLBACKEND to a backend that only they have, and
-# the import would fail. So it is taken away, and put back below.
+# Colab and Jupyter set MPLBACKEND to a backend that only they have: elsewhere, the
+# import fails. So it is taken away, and put back below.
 mpl_backend = None
 if "matplotlib" not in sys.modules:
     mpl_backend = os.environ.pop("MPLBACKEND", None)
@@ -124,7 +124,7 @@ class CNN(nn.Module):
 
     def forward(self, x):
         """Map normalised images (N, 1, 28, 28) to scores: logits (N, 10)."""
-        # Usually: convolution, ReLU, max-pool. Here pooling comes before ReLU: the
+        # Usually: convolution, ReLU, max-pool. Pooling before ReLU is the
         # same, since max(relu(a), relu(b)) = relu(max(a, b)), and faster.
         x = F.relu(self.pool1(self.conv1(x)))  # (N, 24, 13, 13)
         x = F.relu(self.pool2(self.conv2(x)))  # (N, 36, 5, 5)
@@ -210,8 +210,8 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, on_step):
         loss.backward()  # compute the gradients
         optimizer.step()  # update the weights
         scheduler.step()  # update the learning rate
-        loss = loss.detach()  # the number alone, without what backward() needs
-        # Sums stay on the device: .item() would wait until a GPU has finished.
+        loss = loss.detach()  # without what backward() needs
+        # Sums stay on the device: .item() would wait for a GPU.
         loss_sum += loss * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
         count += len(labels)
@@ -257,7 +257,7 @@ def train_run(args, folder):
     # --- 2. Model, loss, optimizer ---
     smoothing = LABEL_SMOOTHING if is_accurate else 0
     loss_function = nn.CrossEntropyLoss(label_smoothing=smoothing)  # includes softmax
-    # A throwaway copy is tried first, so that a bug in your network shows now.
+    # A copy is tried first, so that a bug in your network shows now.
     check_model(make_model(args.model, device), loss_function, images[:2], labels[:2])
     torch.manual_seed(args.seed)
     model = make_model(args.model, device)
@@ -275,7 +275,7 @@ def train_run(args, folder):
         schedule = functools.partial(one_cycle, args.epochs * epoch_steps)
     else:
         schedule = lambda step: 1.0  # constant
-    # What LambdaLR calls an epoch is our step. last_epoch: the last one done, from 0.
+    # LambdaLR's epoch is our step. last_epoch: the last one done, from 0.
     scheduler = LambdaLR(optimizer, schedule, last_epoch=steps_done - 1)
     # LAUNCHED by torchrun: the processes have the same weights and average gradients.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
@@ -312,7 +312,7 @@ def train_run(args, folder):
 
         # --- 4. Test ---
         print_title(f"EVALUATING {args.model.upper()} MODEL")
-        # Once more, for the logits, which the accurate recipe averages over nine views.
+        # For the logits, which the accurate recipe averages over nine views.
         predictor = make_predictor(model, args.recipe)
         test_batches = make_batches(test_images, test_labels)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
@@ -331,7 +331,7 @@ def train_run(args, folder):
 
 
 # ===== Helpers of the run =============
-# From here on there are helpers, and main() at the end.
+# From here on: helpers, and main() at the end.
 
 
 def select_device(name="auto"):
@@ -505,7 +505,7 @@ def make_predictor(model, recipe):
 
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
-# Attributes in checkpoint.pt, beside model and optimizer (history: of PER_EPOCH):
+# Attributes in checkpoint.pt, beside model and optimizer; history: PER_EPOCH
 RESUMED = "history", "losses", "snapshots", "experiment_key", "is_online"
 
 
@@ -593,7 +593,7 @@ class Recorder:
         self.results = {}  # of the test
         self.page_data = {}  # what the page shows of the network and of the test
         self.has_begun = False
-        self.program_or_problem = {}  # the network's calls, or why there are none
+        self.program_or_problem = {}  # how to compute the network, or why not
         self.epoch_results = {}  # of the training, before its test
         self.new_losses = []  # tensors: not read yet
         self.bar = tqdm(disable=True)
@@ -682,7 +682,7 @@ class Recorder:
         """Read the new losses; keep, track and show them."""
         numbers = [loss.item() for loss in self.new_losses]
         self.new_losses.clear()
-        # Comet's limit is 12,000 values a minute, 40 in 0.2 s: half of it for the loss.
+        # Comet takes 12,000 values a minute, 40 in 0.2 s: half for the loss.
         every = math.ceil(len(numbers) / 20) if self.is_online else 1
         for loss in numbers:
             check_finite(loss, "loss")
@@ -728,7 +728,7 @@ class Recorder:
         self.comet.log_metrics(values, step=epoch * self.epoch_steps, epoch=epoch)
 
     def save(self, state, message="", needed=True):
-        """Write metrics.json and the pages. If it fails, the pages say so."""
+        """Write metrics.json and the pages; a failure is raised only if `needed`."""
         metrics = {"state": state, **self.history, **self.results}
         metrics["losses"] = self.losses[: self.epochs_done * self.epoch_steps]
         try:
@@ -809,7 +809,7 @@ BLUE = "#0072B2"  # of what is right; all three are colour-blind safe
 VERMILION = "#D55E00"  # of what is wrong
 GREY = "#999999"
 FRAME_WIDTHS = {BLUE: 1, VERMILION: 4}  # for those who see no colours
-# With 256 levels, whatever the user's matplotlib settings are:
+# With 256 levels, whatever matplotlib's settings are:
 GREYS = matplotlib.colormaps["gray"].resampled(256)
 ORANGES = matplotlib.colormaps["Oranges"].resampled(256)
 
@@ -824,8 +824,8 @@ class Digits:
         self.confidence, self.predictions = self.probabilities.max(dim=1)
         self.correct = self.predictions == self.labels
 
-    def __getitem__(self, n):
-        return Digits(self.images[n], self.probabilities[n], self.labels[n])
+    def __getitem__(self, some):
+        return Digits(self.images[some], self.probabilities[some], self.labels[some])
 
     def get_mistakes(self):
         """Return the misclassified digits, the most confident first."""
@@ -1010,8 +1010,8 @@ def start_comet(mode, folder, experiment_key):
         return open_experiment(mode, folder, experiment_key)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001
-        if isinstance(error, ModuleNotFoundError) and "comet_ml" in str(error):
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        if isinstance(error, ModuleNotFoundError) and error.name == "comet_ml":
             reason = "needs: pip install comet-ml"
         elif isinstance(error, (ImportError, ValueError)):
             reason = f"fails: {type(error).__name__}: {error}".partition("\n")[0]
@@ -1032,8 +1032,10 @@ def open_experiment(mode, folder, experiment_key):
     if mode == "online" and api_key in NO_KEY:
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
     directory = os.environ.get("COMET_OFFLINE_DIRECTORY") or str(folder)
+    directory = os.path.expanduser(directory)
+    os.makedirs(directory, exist_ok=True)
     if not experiment_key and is_in_study(folder):
-        # Not COMET_EXPERIMENT_KEY, which would be the same for all runs of --seeds.
+        # Not COMET_EXPERIMENT_KEY: it would be the same for all runs.
         experiment_key = os.urandom(16).hex()
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
@@ -1075,7 +1077,7 @@ def end_comet(comet, folder):
     comet.end()
     archives = Path(comet.directory).glob(f"{experiment_key}*.zip")
     archive = max(archives, key=os.path.getmtime, default=None)
-    if not has_metrics(archive):  # or there is none
+    if not has_metrics(archive):  # or there is no archive
         advice = "Comet got nothing: make room on the disk and in its temporary folder"
         return f"{location}; {comet.url or advice}"
     if comet.url is None:
@@ -1166,11 +1168,11 @@ def read_config(folder):
 
 def compare_configs(before, now):
     """Raise UserError if a run began with another network or other numbers."""
-    lines = []  # two lists, of before and now; without the class's name
+    lines = []  # two lists, of before and now
     for config in before, now:
         numbers = config["recipe_numbers"]
         number_lines = [f"{name} {numbers[name]}" for name in numbers]
-        lines.append(number_lines + config["network"].split("\n")[1:])
+        lines.append(number_lines + config["network"].split("\n")[1:])  # [0]: its class
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
             text = f"the run has {old.strip()}, main.py has {new.strip()}"
@@ -1272,7 +1274,7 @@ def load_tensors(path):
         content = io.BytesIO(Path(path).read_bytes())
     try:
         return torch.load(content, "cpu", weights_only=True)
-    except Exception:  # noqa: BLE001, its long text recommends to run such code
+    except Exception:  # noqa: BLE001, its text recommends to run such code
         text = f"{path} is damaged, or not of main.py: give another, or start a new run"
         raise UserError(text) from None
 
@@ -1422,7 +1424,7 @@ def get_output_dir(folder):
 
 
 @functools.lru_cache(maxsize=500)  # a file that has changed is read again
-def read_run(folder, time_changed):
+def read_run(folder, time_changed, size):
     """Return what the overview shows of a run."""
     config = read_config(folder)
     run = json.loads((folder / "metrics.json").read_bytes())
@@ -1440,7 +1442,8 @@ def read_runs(folder):
     for pattern in "*/metrics.json", "*/*/metrics.json":  # runs; those of studies
         for path in folder.glob(pattern):
             with suppress(Exception):  # not a run, or it cannot be read
-                run = read_run(path.parent, path.stat().st_mtime_ns)
+                file = path.stat()
+                run = read_run(path.parent, file.st_mtime_ns, file.st_size)
                 name = path.parent.relative_to(folder).as_posix()
                 runs[name] = run | {"name": name}
     return runs
@@ -1518,7 +1521,7 @@ def read_photo(path):
             if image.format == "MPO":  # other frames are depths, for instance
                 frames = [image]
             frames = itertools.islice(frames, 50)  # not all of a long animation
-            return max([read_frame(frame) for frame in frames], key=np.std)
+            return max([read_frame(frame) for frame in frames], key=get_contrast)
     except UnidentifiedImageError:
         reason = "not an image (try JPEG; for HEIC: pip install pillow-heif)"
     except Exception as error:  # noqa: BLE001, a damaged file can raise anything
@@ -1539,7 +1542,7 @@ def read_frame(image):
         image = image.convert("I")
     elif image.mode not in ("L", "RGB", "CMYK", "I", "F"):
         image = image.convert("RGBA")
-    image = image.reduce(max(1, max(image.size) // (3 * SIDE)))  # saves memory
+    image = image.reduce(max(1, max(image.size) // (3 * SIDE)))  # not yet to SIDE
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):  # 16 or 32 bits
         return scale_levels(np.array(image, np.float32))
@@ -1555,8 +1558,14 @@ def read_frame(image):
     colours = behind + opacity * (colours - behind)
     # Ink as bright as its paper differs more in red, green or blue than in grey.
     grey = colours @ BRIGHTNESS
-    strongest = max(np.moveaxis(colours, 2, 0), key=np.std)
-    return strongest if np.std(strongest) > 3 * np.std(grey) else grey
+    strongest = max(np.moveaxis(colours, 2, 0), key=get_contrast)
+    return strongest if get_contrast(strongest) > 2.5 * get_contrast(grey) else grey
+
+
+def get_contrast(levels):
+    """Return how much levels differ from those around; light differs slowly."""
+    around = scipy.ndimage.uniform_filter(levels, max(1, max(levels.shape) // 5))
+    return np.std(levels - around)
 
 
 def scale_levels(levels):
@@ -1581,7 +1590,7 @@ def find_ink(grey):
 
     It is what is darker than the paper, whose grey level is estimated everywhere.
     """
-    reduction = math.ceil(max(grey.shape) / 48)  # less detail: paper has none
+    reduction = math.ceil(max(grey.shape) / 48)  # to 48 pixels: less detail
     small = np.array(Image.fromarray(grey).reduce(reduction))
     size = max(small.shape)
     # Strokes are the few pixels that differ much from what is around them: the cube
@@ -1598,7 +1607,7 @@ def find_ink(grey):
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))  # as large as before
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of noise is below 0.32 standard deviations: 6 times that is about two.
+    # A quarter of noise is below 0.32 standard deviations; 6 times that: two.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # 10 of 255 levels. Where the paper's own levels differ much, it may be a shadow.
@@ -1610,7 +1619,7 @@ def find_ink(grey):
 
 
 def number_parts(mask, gap):
-    """Number the parts of a mask from 1; return their sizes, too."""
+    """Number the parts of a mask from 1; return their heights and widths, too."""
     near = scipy.ndimage.maximum_filter(mask, 1 + 2 * gap)  # strokes have gaps
     numbers = scipy.ndimage.label(near)[0] * mask
     boxes = scipy.ndimage.find_objects(numbers)
@@ -1621,12 +1630,12 @@ def number_parts(mask, gap):
 def look_inside(mask, lines):
     """Return what lies inside the longest part of `lines`; if only specks, the mask."""
     numbers, sizes = number_parts(lines, gap=0)
-    sides = sizes.max(axis=1)
-    longest = numbers == sides.argmax()
+    lengths = sizes.max(axis=1)
+    longest = numbers == lengths.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
-    lengths = sides[numbers * holes]  # for each pixel inside: how long its part is
-    is_frame = lengths.max() > 0.08 * max(sides)  # a digit's loop has specks in it
-    return lengths > 0 if is_frame else mask
+    inside = lengths[numbers * holes]  # for each pixel inside: how long its part is
+    is_frame = inside.max() > 0.08 * max(lengths)  # a digit's loop has specks in it
+    return inside > 0 if is_frame else mask
 
 
 def cut_out(ink):
@@ -1652,6 +1661,8 @@ def cut_out(ink):
     touches_two = digit[[0, -1]].any() and digit[:, [0, -1]].any()
     fills = min(height / len(digit), width / len(digit[0])) >= 0.8
     unclear |= touches_two and not fills
+    thickness = scipy.ndimage.distance_transform_edt(np.pad(digit, 1)).max()
+    unclear |= thickness > 0.35 * max(height, width)  # no stroke: a spot, a shadow
     digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
     return ink.clip(0, 1) * digit, unclear
 
@@ -1840,9 +1851,9 @@ def record_program(model, device):
 
 def describe_network(recorder):
     """Return a network as the page needs it; and the run's snapshots."""
-    recorded = recorder.program_or_problem
-    text = json.dumps(recorded)
-    weights = {}  # those in `recorded`, as {"weight": name}: the page uses no others
+    program_or_problem = recorder.program_or_problem
+    text = json.dumps(program_or_problem)
+    weights = {}  # those in it, as {"weight": name}: the page uses no others
     for name, tensor in recorder.model.state_dict().items():
         if f'"weight": {json.dumps(name)}' in text:
             weights[name] = tensor
@@ -1851,7 +1862,7 @@ def describe_network(recorder):
     half_size = 8 / 3 * sum(tensor.numel() for tensor in weights.values())
     is_half = 2 * half_size > room  # else there is room for float32
     if half_size > room:
-        recorded = {"problem": "it is too large for a page"}
+        program_or_problem = {"problem": "it is too large for a page"}
         weights = {}
     # + 1, since a network may have no weights.
     snapshots = choose_snapshots(recorder, weights, room / (half_size + 1))
@@ -1860,10 +1871,10 @@ def describe_network(recorder):
         check = compute_check(recorder, is_half)
     except Exception as error:  # noqa: BLE001, it is only for the page
         reason = get_reason(error)
-        recorded = {"problem": f"its answers could not be computed ({reason})"}
+        program_or_problem = {"problem": f"its answers cannot be computed ({reason})"}
         check = {"images": "", "logits": []}
     epoch = recorder.epochs_done
-    page_data = recorded | {
+    page_data = program_or_problem | {
         "mean_std": [MEAN, STD],
         "weights": encode_weights(weights, precision),
         "half": is_half,
@@ -1877,7 +1888,7 @@ def describe_network(recorder):
 def choose_snapshots(recorder, weights, copies):
     """Return the snapshots to keep: float16 weights of every few epochs.
 
-    `copies`: so many of them fit in the page. The latest, in float32, take two.
+    `copies`: so many of them fit in the page. Its own weights, in float32, take two.
     """
     count = max(1, min(8, math.floor(copies) - 2))  # 8 are enough
     every = math.ceil(recorder.args.epochs / count)
@@ -1918,11 +1929,13 @@ def write_page(path, values):
     if RANK > 0:
         return
     values = values | {"folder": str(path.parent.resolve()), "written": time.time()}
-    data = json.dumps(values).replace("<", "\\u003c")  # no text may end the script
+    data = json.dumps(values, default=str)  # a constant may be a Path
+    data = data.replace("<", "\\u003c")  # no text may end the script
     try:
         if path.exists() and not is_page(path):
-            raise OSError("it is not a page of this script; rename it")
-        # An edited part may be in another encoding: hence errors="replace".
+            warn(f"cannot write {path}: it is not a page of this script; rename it")
+            return
+        # An edited part may be in another encoding.
         page = (PAGE / "report.html").read_text(encoding="utf-8", errors="replace")
         for file in [*PAGE.glob("*.css"), *PAGE.glob("*.js")]:
             text = file.read_text(encoding="utf-8", errors="replace")
@@ -1933,7 +1946,7 @@ def write_page(path, values):
         page = page.replace(">null<", f">{data}<", 1)  # <script id="run">null</script>
         write(path, page.encode(), needed=False)
     except OSError as error:
-        warn(f"cannot write {path}: {error}")
+        warn(f"cannot write {path}: {error}; it needs data/page beside main.py")
 
 
 # ===== The command line ===============
@@ -1954,7 +1967,7 @@ FLAGS = {  # name: (default, allowed, help); allowed: choices, or lowest and hig
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
 DEFAULTS = {name: details[0] for name, details in FLAGS.items()}
-# Where a run happens, not what it is; a run that is resumed takes them from now:
+# Where a run happens; a resumed run takes them from its command:
 SURROUNDINGS = "device", "data_dir", "output_dir", "comet"
 
 
@@ -1991,8 +2004,8 @@ def read_settings(argv=None):
     """Return the settings, a Namespace; argparse exits if one is wrong."""
     parser = make_parser()
     typed = sys.argv[1:] if argv is None else list(argv)
-    # Parsed twice: first to see which recipe or run is asked for; then with its flags
-    # (argparse checks no defaults) before those that were typed: the last one wins.
+    # Parsed twice: first to see which recipe or run is asked for; then its settings and
+    # the defaults come as flags, to be checked, too, before those typed: the last wins.
     args = parser.parse_args(as_flags(DEFAULTS) + typed)
     if args.predict and args.resume:
         parser.error("--predict does not go with --resume")
@@ -2038,7 +2051,7 @@ def check_settings(parser, args):
 
 
 def compare_settings(parser, args, saved):
-    """Exit if a run that is resumed would go on with other settings."""
+    """Exit if a resumed run would go on with other settings."""
     changeable = {"epochs"}
     if args.recipe == "accurate":
         changeable.remove("epochs")  # its learning rate depends on them
@@ -2047,27 +2060,26 @@ def compare_settings(parser, args, saved):
     for name in saved:
         value = getattr(args, name)
         if name not in changeable and value != saved[name]:
-            text = f"--resume: this run has {name} {saved[name]}"
-            parser.error(f"{text}; leave {as_flags({name: value})[0]} out")
+            text = f"--resume: this run has {name} {saved[name]}, not {value}"
+            parser.error(f"{text}; leave that flag out")
     if args.seeds < saved["seeds"]:
         parser.error(f"--seeds: there are {saved['seeds']} already; give at least that")
 
 
 def tune_cpu():
     """Keep freed memory, and use no more threads than processors: both are faster."""
-    if platform.libc_ver()[0] == "glibc":
+    if os.name == "posix" and platform.libc_ver()[0] == "glibc":
         # Memory up to 32 MB is used again, not given back: 1.25 times as fast.
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in malloc.h
         for option in M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
             ctypes.CDLL(None).mallopt(option, 2**25)
-    # Not more threads than the processors that a container may use.
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         processors = max(1, int(quota) // int(period))
         torch.set_num_threads(min(processors, torch.get_num_threads()))
 
 
-# Signals that came. Python loses an exception that is raised while it deletes an object
+# Signals that came. Python loses an exception raised while it deletes an object
 # (an old figure): hence Recorder.add looks here.
 INTERRUPTS = []
 
@@ -2080,7 +2092,7 @@ def catch_signals():
 
     def stop(signum, frame):
         INTERRUPTS.append(signum)
-        for other, handler in before.items():  # torchrun sends it twice
+        for other, handler in before.items():  # for a second one: torchrun sends two
             signal.signal(other, signal.SIG_IGN if LAUNCHED else handler)
         raise KeyboardInterrupt(signum)
 
@@ -2155,7 +2167,7 @@ def main(argv=None):
     if text:
         warn(text)
     if folder and RANK == 0:
-        finish_folder(folder, args, resumable, keeps_folder)
+        keep_or_remove(folder, args, resumable, keeps_folder)
     return status
 
 
@@ -2164,7 +2176,7 @@ def drop_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def finish_folder(folder, args, resumable, keeps_folder):
+def keep_or_remove(folder, args, resumable, keeps_folder):
     """Print how to continue a run that did not finish; or remove its folder."""
     has_checkpoint = args.resume or any(folder.rglob("checkpoint.pt"))
     has_config = (folder / "config.json").exists()
@@ -2195,7 +2207,7 @@ def explain_bug(error):
     if "more than 1 value" in str(error):  # BatchNorm
         return "it cannot train on a batch of one image: change --batch-size or --limit"
     last = frames[-1]
-    name = "".join(last.f_code.co_varnames[1:2])  # of the first argument
+    name = "".join(last.f_code.co_varnames[1:2])  # first argument after self
     shape = tuple(getattr(last.f_locals.get(name), "shape", ()))
     layer = str(last.f_locals["self"]).split("(\n")[0]
     return f"compare the sizes: {name} has the shape {shape} in {layer}"

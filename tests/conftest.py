@@ -319,8 +319,7 @@ def browser():
     """Chromium, started once for all files that look at pages."""
     with sync_playwright() as driver:
         try:
-            path = find_browser()
-            browser = driver.chromium.launch(executable_path=path, args=QUIET)
+            browser = driver.chromium.launch(executable_path=find_browser(), args=QUIET)
         except Exception as error:  # noqa: BLE001
             need = "install Chromium, Chrome or Edge for these tests (apt install chromium)"
             pytest.fail(f"{need}: {str(error).splitlines()[0]}", pytrace=False)

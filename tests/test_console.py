@@ -44,8 +44,7 @@ def start(folder, **streams):
 def finished(tmp_path_factory):
     """A run in a pipe."""
     folder = tmp_path_factory.mktemp("pipe")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start(folder, **pipes)
+    process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     (run_dir,) = get_folders(folder / "runs")

@@ -52,8 +52,7 @@ def test_each_run_of_a_study_has_a_folder_of_its_own(study):
         assert settings["model"] == model
         assert len(read(folder / "metrics.json")["losses"]) == 20
         assert {"predictions_grid.png", "report.html"} <= set(os.listdir(folder))
-        line = f"\nRun {number + 1} of 4: {model}, seed {seed}\n"
-        assert line in "\n" + study.stdout
+        assert f"\nRun {number + 1} of 4: {model}, seed {seed}\n" in "\n" + study.stdout
 
 
 def get_table(run):

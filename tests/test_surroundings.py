@@ -89,6 +89,7 @@ def test_no_picture_ends_a_run(tmp_path, monkeypatch, capsys, name):
 
 def test_a_bar_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "tqdm", functools.partial(main.tqdm, ascii="1"))
+    monkeypatch.setitem(main.DEFAULTS, "data_dir", Path(main.DATA_DIR))  # no text
     run_here(tmp_path, *QUICK)
     assert "no progress bar: unset TQDM_" in capsys.readouterr().err
 
@@ -163,11 +164,11 @@ def test_comet_that_fails_in_mid_run_is_told_once(spawn):
 def test_comets_variables_for_the_key_and_the_folder(tmp_path, spawn):
     """The key is that of one run, not of a study."""
     key = {"COMET_EXPERIMENT_KEY": "0123456789abcdef" * 2}
-    own = {"COMET_OFFLINE_DIRECTORY": str(tmp_path / "own")}
+    own = {"COMET_OFFLINE_DIRECTORY": "~/new/own"}
     one = spawn(*QUICK, "--comet=offline", "--output-dir=one", **key, **own)
     two = spawn(*QUICK, "--comet=offline", "--output-dir=two", "--seeds=2", **key)
     assert one.wait() == two.wait() == 0, one.stderr + two.stderr
-    (path,) = (tmp_path / "own").glob("*.zip")
+    (path,) = (tmp_path / "home" / "new" / "own").glob("*.zip")
     assert f"comet upload {path}" in one.stdout
     archive = Archive(path)
     assert archive.key == key["COMET_EXPERIMENT_KEY"] and archive.metrics["loss"]
