@@ -109,7 +109,7 @@ COMET_PROJECT = "mnist-cnn"
 class CNN(nn.Module):
     """Two convolutions and two linear layers: 124,670 parameters."""
 
-    channels_last = True  # order in memory, 1.5 times as fast on a CPU (make_model)
+    channels_last = True  # order in memory: 1.5 times as fast on a CPU
 
     def __init__(self):
         super().__init__()
@@ -184,7 +184,7 @@ def make_batches(images, labels, batch_size=100, order=None):
     """Yield normalised images (N, 1, 28, 28) and labels (N,), a batch at a time.
 
     `order`: indices of the images to use; None: all. 100 is for evaluate, which gives
-    the same with any size. It does a DataLoader's job, faster: MNIST fits in memory.
+    the same with any size. This does a DataLoader's job, faster: MNIST fits in memory.
     """
     if order is None:
         order = torch.arange(len(labels), device=labels.device)
@@ -277,7 +277,7 @@ def train_run(args, folder):
         schedule = lambda step: 1.0  # constant
     # LambdaLR's epoch is our step. last_epoch: the last one done, from 0.
     scheduler = LambdaLR(optimizer, schedule, last_epoch=steps_done - 1)
-    # LAUNCHED by torchrun: the processes have the same weights and average gradients.
+    # LAUNCHED by torchrun: equal weights in all processes, gradients are averaged.
     ddp_model = DistributedDataParallel(model) if LAUNCHED else model
 
     with recorder:  # shows, tracks and saves what follows, however it ends
@@ -288,7 +288,7 @@ def train_run(args, folder):
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(recorder.epochs_done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # A seed for each epoch (10,000 at most): a resumed run goes on exactly.
+            # A seed for each of 10,000 epochs at most: a resumed run goes on exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
             # The share of process RANK, of WORLD_SIZE; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
@@ -312,7 +312,7 @@ def train_run(args, folder):
 
         # --- 4. Test ---
         print_title(f"EVALUATING {args.model.upper()} MODEL")
-        # For the logits, which the accurate recipe averages over nine views.
+        # The accurate recipe averages the logits of nine views.
         predictor = make_predictor(model, args.recipe)
         test_batches = make_batches(test_images, test_labels)
         test_loss, test_accuracy, logits = evaluate(predictor, test_batches)
@@ -322,7 +322,7 @@ def train_run(args, folder):
         print(f"Single Image Prediction: {predicted}, Actual Label: {test_labels[0]}")
 
         # --- 5. Keep, in the folder ---
-        # (metrics.json, loss_curve.png and report.html are written as `with` ends.)
+        # (metrics.json, loss_curve.png and report.html follow as `with` ends.)
         recorder.save_weights()  # model.pt
         recorder.add_test(summarise_test(test_loss, test_accuracy, digits), digits)
         save_pictures(digits, folder)
@@ -363,7 +363,7 @@ def print_title(title):
 def make_model(name, device="cpu"):
     """Return a new network of MODELS, stored in the fastest way it allows."""
     model = MODELS[name]().to(device)
-    # Two, since squeeze() in a network would change the shape of a single image.
+    # Two, since a network may squeeze() a single image.
     images = torch.zeros(2, 1, 28, 28, device=device)
     with torch.no_grad():
         model.eval()
@@ -471,7 +471,7 @@ def augment(batches, distortions):
         images = F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK
         choice = torch.rand(1).item()
         if choice < STROKES:
-            brightest = F.max_pool2d(images, 3, stride=1, padding=1)  # of 3x3 pixels
+            brightest = F.max_pool2d(images, 3, stride=1, padding=1)
             images = (images + brightest) / 2
         elif choice < 2 * STROKES:
             darkest = -F.max_pool2d(-images, 3, stride=1, padding=1)
@@ -875,7 +875,7 @@ def save_picture(path, draw, *arguments, **named):
         return
     content = io.BytesIO()
     try:
-        # Not with the user's settings; without warnings of letters that a font lacks.
+        # Not with the user's settings; without warnings about a font.
         with matplotlib.style.context("default"), warnings.catch_warnings(record=True):
             draw(*arguments, **named).savefig(content, format="png", dpi=100)
         write(path, content.getbuffer(), needed=False)
@@ -918,7 +918,7 @@ def draw_grid(images, titles, colours):
 
 
 def draw_bars(images, probabilities, titles, colours):
-    """Return a Figure of images, with bars twice as wide beside each; two in a row."""
+    """Return a Figure of images, each with a bar chart at its right; two in a row."""
     columns = min(2, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(6 * columns, 2.5 * rows))
@@ -1019,7 +1019,7 @@ def start_comet(mode, folder, experiment_key):
             advice = "look at your variables COMET_… and at ~/.comet.config"
             reason = f"fails: {type(error).__name__} ({advice})"
     if mode != "auto":
-        raise UserError(f"--comet {mode} {reason}")
+        raise UserError(f"--comet {mode} {reason}; or use --comet off")
     return Tracker(), f"off (it {reason})"
 
 
@@ -1035,7 +1035,7 @@ def open_experiment(mode, folder, experiment_key):
     directory = os.path.expanduser(directory)
     os.makedirs(directory, exist_ok=True)
     if not experiment_key and is_in_study(folder):
-        # Not COMET_EXPERIMENT_KEY: it would be the same for all runs.
+        # Not that of the environment: it would be the same for all runs.
         experiment_key = os.urandom(16).hex()
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
@@ -1141,7 +1141,7 @@ def quote(words):
 def make_config(args, device, model):
     """Return what config.json says of a run: settings, network, computer."""
     settings = {name: getattr(args, name) for name in FLAGS}
-    repeated = {name: settings[name] for name in FLAGS if name not in SURROUNDINGS}
+    to_repeat = {name: settings[name] for name in FLAGS if name not in SURROUNDINGS}
     packages = torch, torchvision, np, matplotlib
     return {
         "settings": settings,
@@ -1149,7 +1149,7 @@ def make_config(args, device, model):
         "network": re.sub(" at 0x[0-9a-fA-F]+", "", str(model)),  # <function f at 0x..>
         "title": type(model).__name__,
         "parameters": count_parameters(model),
-        "command": quote(["python", "main.py", *as_flags(repeated)]),
+        "command": quote(["python", "main.py", *as_flags(to_repeat)]),
         "device": str(device),
         "platform": f"{platform.platform()}, Python {platform.python_version()}",
         "versions": {package.__name__: package.__version__ for package in packages},
@@ -1168,11 +1168,11 @@ def read_config(folder):
 
 def compare_configs(before, now):
     """Raise UserError if a run began with another network or other numbers."""
-    lines = []  # two lists, of before and now
+    lines = []  # before and now; without line 0, the class
     for config in before, now:
         numbers = config["recipe_numbers"]
         number_lines = [f"{name} {numbers[name]}" for name in numbers]
-        lines.append(number_lines + config["network"].split("\n")[1:])  # [0]: its class
+        lines.append(number_lines + config["network"].split("\n")[1:])
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
             text = f"the run has {old.strip()}, main.py has {new.strip()}"
@@ -1394,7 +1394,7 @@ def make_row(run):
         "seed": run["settings"]["seed"],
         "parameters": run["parameters"],
         "seconds": sum(run["epoch_seconds"]),
-        "train_accuracy": run["train_accuracy"][-1],
+        "train_accuracy": run["train_accuracy"][-1],  # the last
         "test_accuracy": run["test_accuracy"],
         "test_loss": run["test_loss"],
     }
@@ -1423,7 +1423,7 @@ def get_output_dir(folder):
     return folder.parent.parent if is_in_study(folder) else folder.parent
 
 
-@functools.lru_cache(maxsize=500)  # a file that has changed is read again
+@functools.lru_cache(maxsize=500)  # by time and size: what has changed is read again
 def read_run(folder, time_changed, size):
     """Return what the overview shows of a run."""
     config = read_config(folder)
@@ -1514,7 +1514,7 @@ def read_photo(path):
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # read_frame looks at the size
     try:
-        # With an open file, since Pillow turns some TIFFs wrongly if it gets the path.
+        # An open file: Pillow turns some TIFFs wrongly if it gets the path.
         with open(path, "rb") as file, warnings.catch_warnings(record=True):
             image = Image.open(file)
             frames = ImageSequence.Iterator(image)
@@ -1549,12 +1549,12 @@ def read_frame(image):
     levels = np.array(image.convert("RGBA"), np.float32)
     colours = levels[..., :3]
     opacity = levels[..., 3:] / 255
-    opaque = max(opacity.mean(), 0.001)
-    mean = (colours * opacity).mean(axis=(0, 1)) / opaque
-    variance = ((colours - mean) ** 2 * opacity).mean() / opaque
-    behind = mean.mean()
-    if opaque < 0.5 or variance < 10**2:  # ink alone, nearly one colour
-        behind = 255 if behind < 128 else 0  # on white or black, whichever is farther
+    mean_opacity = max(opacity.mean(), 0.001)
+    mean_colour = (colours * opacity).mean(axis=(0, 1)) / mean_opacity
+    variance = ((colours - mean_colour) ** 2 * opacity).mean() / mean_opacity
+    behind = mean_colour.mean()  # a grey
+    if mean_opacity < 0.5 or variance < 10**2:  # ink alone, nearly one colour
+        behind = 255 if behind < 128 else 0  # on white or black
     colours = behind + opacity * (colours - behind)
     # Ink as bright as its paper differs more in red, green or blue than in grey.
     grey = colours @ BRIGHTNESS
@@ -1563,7 +1563,7 @@ def read_frame(image):
 
 
 def get_contrast(levels):
-    """Return how much levels differ from those around; light differs slowly."""
+    """Return how much levels differ from those around, in whatever light."""
     around = scipy.ndimage.uniform_filter(levels, max(1, max(levels.shape) // 5))
     return np.std(levels - around)
 
@@ -1593,8 +1593,8 @@ def find_ink(grey):
     reduction = math.ceil(max(grey.shape) / 48)  # to 48 pixels: less detail
     small = np.array(Image.fromarray(grey).reduce(reduction))
     size = max(small.shape)
-    # Strokes are the few pixels that differ much from what is around them: the cube
-    # keeps the sign and weights large differences most.
+    # Strokes are the few pixels that differ much from what is around: the cube keeps
+    # the sign and weights large differences most.
     around = scipy.ndimage.gaussian_filter(small, size / 10, mode="mirror")
     contrast = without_margin(around - small)
     if (contrast**3).sum() < 0:  # light ink on dark paper
@@ -1607,7 +1607,7 @@ def find_ink(grey):
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))  # as large as before
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of noise is below 0.32 standard deviations; 6 times that: two.
+    # A quarter of noise is below 0.32 standard deviations: `noise` is two of them.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # 10 of 255 levels. Where the paper's own levels differ much, it may be a shadow.
@@ -1627,15 +1627,15 @@ def number_parts(mask, gap):
     return numbers, np.array([(0, 0), *sizes])  # 0 is the paper
 
 
-def look_inside(mask, lines):
-    """Return what lies inside the longest part of `lines`; if only specks, the mask."""
+def look_inside(lines, otherwise):
+    """Return what the longest part of `lines` encloses; if only specks, `otherwise`."""
     numbers, sizes = number_parts(lines, gap=0)
     lengths = sizes.max(axis=1)
     longest = numbers == lengths.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
-    inside = lengths[numbers * holes]  # for each pixel inside: how long its part is
-    is_frame = inside.max() > 0.08 * max(lengths)  # a digit's loop has specks in it
-    return inside > 0 if is_frame else mask
+    inner = lengths[numbers * holes]  # for each pixel inside: how long its part is
+    is_frame = inner.max() > 0.08 * max(lengths)  # a digit's loop has specks in it
+    return inner > 0 if is_frame else otherwise
 
 
 def cut_out(ink):
@@ -1644,15 +1644,15 @@ def cut_out(ink):
     border = np.ones_like(dark)
     border[1:-1, 1:-1] = False
     # Without what touches the border, if there is more; then without a drawn frame.
-    inside = look_inside(dark, lines=dark | border)
-    inside = look_inside(inside, lines=inside)
+    inside = look_inside(dark | border, otherwise=dark)
+    inside = look_inside(inside, otherwise=inside)
     numbers, sizes = number_parts(inside, gap=1 + max(dark.shape) // 100)
     counts = np.bincount(numbers[inside])  # pixels of each part
     largest = counts.argmax()
     large = counts > 0.06 * counts[largest]  # others are specks
     heights = sizes[:, 0] * large
     tall = heights > heights[largest] / 2  # others are like the bar of a 5
-    digit = large[numbers]
+    digit = large[numbers]  # True in large parts
     height, width = np.ptp(np.nonzero(digit), axis=1)
     unclear = sum(tall) > 1
     unclear |= width > 2 * height  # digits that touch
@@ -1674,7 +1674,7 @@ def is_edge(grey, ink):
     around &= ~scipy.ndimage.maximum_filter(stroke, 5)  # without the faint edge
     contrast = abs(grey[around] - np.median(grey[stroke]))
     as_dark = contrast < 0.2 * contrast.max(initial=0)
-    # A stroke has paper on both sides: of the pixels around a digit at most 0.14 are as
+    # A stroke has paper on both sides: around a digit at most 0.14 of the pixels are as
     # dark as its ink (in a hard shadow), around a shadow's edge nearly half.
     return as_dark.sum() > 0.25 * as_dark.size
 
@@ -1683,7 +1683,7 @@ def centre_digit(ink):
     """Return the ink in 20x20 pixels, its mass centred in 28x28."""
     sides = np.ptp(np.nonzero(ink > 0.2), axis=1) + 1  # without the faint edge
     scale = sides.max() / 20  # pixels of the picture for one of MNIST's
-    ink = np.pad(ink, math.ceil(15 * scale))
+    ink = np.pad(ink, math.ceil(15 * scale))  # the box stays inside
     # The mass goes to the middle of pixel (14, 14), as in MNIST.
     y, x = np.array(scipy.ndimage.center_of_mass(ink)) + 0.5 - 14.5 * scale
     box = x, y, x + 28 * scale, y + 28 * scale
@@ -1792,7 +1792,7 @@ class OperationTracer(TorchFunctionMode):
         self.references[id(image)] = {"tensor": 0}
 
     def as_reference(self, value):
-        """Return a value's stand-in in JSON. (For json.dumps.) Tensors are noted."""
+        """Return a value's stand-in in JSON, for json.dumps; set saw_tensor."""
         if isinstance(value, slice):
             return {"slice": [value.start, value.stop, value.step]}
         if not isinstance(value, torch.Tensor):
@@ -1809,7 +1809,7 @@ class OperationTracer(TorchFunctionMode):
         return json.loads(text, parse_constant=str)  # "-Infinity"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        # PyTorch calls this instead of each torch function, inside of `with`.
+        # PyTorch calls this instead of each torch function.
         self.saw_tensor = False  # until as_json has come to a tensor
         call = {"args": self.as_json(args), "kwargs": self.as_json(kwargs or {})}
         call["op"] = function.__name__
@@ -1888,7 +1888,7 @@ def describe_network(recorder):
 def choose_snapshots(recorder, weights, copies):
     """Return the snapshots to keep: float16 weights of every few epochs.
 
-    `copies`: so many of them fit in the page. Its own weights, in float32, take two.
+    `copies`: so many sets of float16 weights fit; the current ones, float32, take two.
     """
     count = max(1, min(8, math.floor(copies) - 2))  # 8 are enough
     every = math.ceil(recorder.args.epochs / count)
@@ -1967,7 +1967,7 @@ FLAGS = {  # name: (default, allowed, help); allowed: choices, or lowest and hig
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
 DEFAULTS = {name: details[0] for name, details in FLAGS.items()}
-# Where a run happens; a resumed run takes them from its command:
+# Where a run happens; not taken from the run that is resumed:
 SURROUNDINGS = "device", "data_dir", "output_dir", "comet"
 
 
@@ -2004,8 +2004,8 @@ def read_settings(argv=None):
     """Return the settings, a Namespace; argparse exits if one is wrong."""
     parser = make_parser()
     typed = sys.argv[1:] if argv is None else list(argv)
-    # Parsed twice: first to see which recipe or run is asked for; then its settings and
-    # the defaults come as flags, to be checked, too, before those typed: the last wins.
+    # Parsed twice: first for recipe and run; then with their settings as flags, since
+    # argparse checks no defaults. Of two equal flags the last wins: the typed one.
     args = parser.parse_args(as_flags(DEFAULTS) + typed)
     if args.predict and args.resume:
         parser.error("--predict does not go with --resume")
@@ -2069,7 +2069,7 @@ def compare_settings(parser, args, saved):
 def tune_cpu():
     """Keep freed memory, and use no more threads than processors: both are faster."""
     if os.name == "posix" and platform.libc_ver()[0] == "glibc":
-        # Memory up to 32 MB is used again, not given back: 1.25 times as fast.
+        # Memory up to 32 MB is kept: 1.25 times as fast.
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in malloc.h
         for option in M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
             ctypes.CDLL(None).mallopt(option, 2**25)
@@ -2092,7 +2092,7 @@ def catch_signals():
 
     def stop(signum, frame):
         INTERRUPTS.append(signum)
-        for other, handler in before.items():  # for a second one: torchrun sends two
+        for other, handler in before.items():  # for a second signal: torchrun sends two
             signal.signal(other, signal.SIG_IGN if LAUNCHED else handler)
         raise KeyboardInterrupt(signum)
 
@@ -2118,7 +2118,7 @@ def main(argv=None):
     folder = None
     status = 1  # failed, unless set below
     resumable = True  # not after wrong input, or if the training has diverged
-    keeps_folder = True  # even without a checkpoint; not after wrong input or a bug
+    keeps_unsaved = True  # a folder without a checkpoint; not after a bug
     try:
         args = read_settings(argv)
         if args.predict:
@@ -2134,7 +2134,7 @@ def main(argv=None):
     except SystemExit as end:  # argparse has printed why; or a network calls exit()
         status = end.code or 0
         text = ""
-        keeps_folder = False
+        keeps_unsaved = False
     except RunError as error:
         text = str(error)
         resumable = error.resumable
@@ -2142,7 +2142,7 @@ def main(argv=None):
         status = error.status
         text = str(error)
         resumable = False
-        keeps_folder = False
+        keeps_unsaved = False
     except KeyboardInterrupt as error:
         signum = error.args[0] if error.args else signal.SIGINT
         status = 128 + signum  # as shells count
@@ -2156,18 +2156,18 @@ def main(argv=None):
         is_full = getattr(error, "errno", None) == errno.ENOSPC
         if no_memory:
             text = "out of memory: start a new run with smaller batches"
-            text += "; or, on a GPU, use --device cpu"
+            text += "; or, on a GPU, go on with --device cpu"
         elif is_full and not error.filename:  # of a print
             text = f"cannot write the output: {error.strerror}; make room there"
             drop_output()
         else:  # a bug
             traceback.print_exc()
             text = explain_bug(error)
-            keeps_folder = False
+            keeps_unsaved = False
     if text:
         warn(text)
     if folder and RANK == 0:
-        keep_or_remove(folder, args, resumable, keeps_folder)
+        keep_or_remove(folder, args, resumable, keeps_unsaved)
     return status
 
 
@@ -2176,11 +2176,11 @@ def drop_output():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def keep_or_remove(folder, args, resumable, keeps_folder):
+def keep_or_remove(folder, args, resumable, keeps_unsaved):
     """Print how to continue a run that did not finish; or remove its folder."""
     has_checkpoint = args.resume or any(folder.rglob("checkpoint.pt"))
     has_config = (folder / "config.json").exists()
-    is_kept = has_checkpoint or (keeps_folder and has_config)
+    is_kept = has_checkpoint or (keeps_unsaved and has_config)
     if not is_kept:
         shutil.rmtree(folder, ignore_errors=True)
         write_overviews(folder)
