@@ -593,7 +593,7 @@ class Recorder:
         self.results = {}  # of the test
         self.page_data = {}  # what the page shows of the network and of the test
         self.has_begun = False
-        self.program_or_problem = {}  # how to compute the network, or why not
+        self.program_or_problem = {}  # the network's calls, for the page; or why not
         self.epoch_results = {}  # of the training, before its test
         self.new_losses = []  # tensors: not read yet
         self.bar = tqdm(disable=True)
@@ -1035,7 +1035,7 @@ def open_experiment(mode, folder, experiment_key):
     directory = os.path.expanduser(directory)
     os.makedirs(directory, exist_ok=True)
     if not experiment_key and is_in_study(folder):
-        # Not that of the environment: it would be the same for all runs.
+        # COMET_EXPERIMENT_KEY would be the same for all runs.
         experiment_key = os.urandom(16).hex()
     options = {
         "project_name": comet_ml.get_config("comet.project_name") or COMET_PROJECT,
@@ -1607,14 +1607,14 @@ def find_ink(grey):
     paper = scipy.ndimage.minimum_filter(paper, 3)  # no ink at a shadow's edge
     paper = np.kron(paper, np.ones((reduction, reduction)))  # as large as before
     ink = paper[: len(grey), : grey.shape[1]] - grey
-    # A quarter of noise is below 0.32 standard deviations: `noise` is two of them.
+    # A quarter of noise is below 0.32 standard deviations; 6 * 0.32 is about two.
     noise = 6 * np.quantile(abs(ink), 0.25)
     full = np.median(ink[ink >= ink.max() / 2])  # in a full stroke
     # 10 of 255 levels. Where the paper's own levels differ much, it may be a shadow.
     needed = max(10, 2 * noise, np.ptp(paper) / 4)
     if full < needed:
         return None
-    blank = min(noise, full / 4)  # up to here it is paper, also if texture raises noise
+    blank = min(noise, full / 4)  # paper up to here; capped: texture is noise, too
     return np.float32((ink - blank) / (full - blank))
 
 
@@ -1634,7 +1634,7 @@ def look_inside(lines, otherwise):
     longest = numbers == lengths.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
     inner = lengths[numbers * holes]  # for each pixel inside: how long its part is
-    is_frame = inner.max() > 0.08 * max(lengths)  # a digit's loop has specks in it
+    is_frame = inner.max() > 0.08 * max(lengths)  # a digit's loop: only specks
     return inner > 0 if is_frame else otherwise
 
 
@@ -1661,8 +1661,8 @@ def cut_out(ink):
     touches_two = digit[[0, -1]].any() and digit[:, [0, -1]].any()
     fills = min(height / len(digit), width / len(digit[0])) >= 0.8
     unclear |= touches_two and not fills
-    thickness = scipy.ndimage.distance_transform_edt(np.pad(digit, 1)).max()
-    unclear |= thickness > 0.35 * max(height, width)  # no stroke: a spot, a shadow
+    half_width = scipy.ndimage.distance_transform_edt(np.pad(digit, 1)).max()
+    unclear |= half_width > 0.35 * max(height, width)  # no stroke: a spot, a shadow
     digit = scipy.ndimage.maximum_filter(digit, 5)  # with the faint edge
     return ink.clip(0, 1) * digit, unclear
 
@@ -1850,7 +1850,7 @@ def record_program(model, device):
 
 
 def describe_network(recorder):
-    """Return a network as the page needs it; and the run's snapshots."""
+    """Return a network as the page needs it; and the snapshots, perhaps with a new one."""
     program_or_problem = recorder.program_or_problem
     text = json.dumps(program_or_problem)
     weights = {}  # those in it, as {"weight": name}: the page uses no others
@@ -2118,7 +2118,7 @@ def main(argv=None):
     folder = None
     status = 1  # failed, unless set below
     resumable = True  # not after wrong input, or if the training has diverged
-    keeps_unsaved = True  # a folder without a checkpoint; not after a bug
+    keeps_unsaved = True  # without a checkpoint; not after a bug or wrong input
     try:
         args = read_settings(argv)
         if args.predict:
@@ -2178,9 +2178,9 @@ def drop_output():
 
 def keep_or_remove(folder, args, resumable, keeps_unsaved):
     """Print how to continue a run that did not finish; or remove its folder."""
-    has_checkpoint = args.resume or any(folder.rglob("checkpoint.pt"))
+    has_checkpoint = any(folder.rglob("checkpoint.pt"))
     has_config = (folder / "config.json").exists()
-    is_kept = has_checkpoint or (keeps_unsaved and has_config)
+    is_kept = args.resume or has_checkpoint or (keeps_unsaved and has_config)
     if not is_kept:
         shutil.rmtree(folder, ignore_errors=True)
         write_overviews(folder)
