@@ -1850,7 +1850,7 @@ def record_program(model, device):
 
 
 def describe_network(recorder):
-    """Return a network as the page needs it; and the snapshots, one more if it is due."""
+    """Return a network as the page needs it; and the snapshots, one more if due."""
     program_or_problem = recorder.program_or_problem
     text = json.dumps(program_or_problem)
     weights = {}  # those in it, as {"weight": name}: the page uses no others
