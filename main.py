@@ -77,7 +77,7 @@ if mpl_backend:
         matplotlib.rcParams["backend"] = mpl_backend
 
 # ===== Settings =======================
-# Edit them here; most have a flag: EPOCHS is --epochs.
+# Edit them here (in a notebook, give flags): EPOCHS is --epochs.
 
 # The experiment
 RECIPE = "classic"  # "classic": as below; "accurate": as in ACCURATE
@@ -288,7 +288,7 @@ def train_run(args, folder):
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(recorder.epochs_done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # A seed for each of 10,000 epochs at most: a resumed run goes on exactly.
+            # A seed for each epoch, of 10,000: a resumed run goes on exactly.
             torch.manual_seed(10_001 * args.seed + epoch)
             # The share of process RANK, of WORLD_SIZE; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
@@ -500,8 +500,8 @@ def make_predictor(model, recipe):
 
 
 # ===== The recorder ===================
-# What shows and saves the progress of training. LossHistory and PeriodicPlotter have
-# the interface of mitdeeplearning.util 0.7.5.
+# It shows and saves the progress of training. LossHistory and PeriodicPlotter are like
+# those of mitdeeplearning.util 0.7.5.
 
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
@@ -593,7 +593,7 @@ class Recorder:
         self.results = {}  # of the test
         self.page_data = {}  # what the page shows of the network and of the test
         self.has_begun = False
-        self.program_or_problem = {}  # the network's calls, for the page; or why not
+        self.program_or_problem = {}  # the model's torch calls; or why there are none
         self.epoch_results = {}  # of the training, before its test
         self.new_losses = []  # tensors: not read yet
         self.bar = tqdm(disable=True)
@@ -844,7 +844,7 @@ class Digits:
         In 15 bins of confidence; 0 is perfect: of answers 90 % sure, 90 % are correct.
         """
         bins = (15 * self.confidence).long().clamp(max=14)
-        # Of each bin the sum of (confidence - correct), which is 0 if it is calibrated:
+        # Of each bin the sum of (confidence - correct), 0 if it is calibrated:
         gaps = bins.bincount(weights=self.confidence - self.correct.double())
         return gaps.abs().sum().item() / len(self.labels)
 
@@ -971,7 +971,7 @@ COMET_DEFAULTS = {  # of Comet's variables; what the user has set wins
     "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "0",
     "COMET_HTTP_SESSION_RETRY_TOTAL": "0",
 }
-NO_KEY = ("", "YOUR_API_KEY_HERE")
+NO_KEY = (None, "", "YOUR_API_KEY_HERE")
 
 
 class Tracker:
@@ -1168,11 +1168,11 @@ def read_config(folder):
 
 def compare_configs(before, now):
     """Raise UserError if a run began with another network or other numbers."""
-    lines = []  # before and now; without line 0, the class
+    lines = []  # two lists: before, now
     for config in before, now:
         numbers = config["recipe_numbers"]
         number_lines = [f"{name} {numbers[name]}" for name in numbers]
-        lines.append(number_lines + config["network"].split("\n")[1:])
+        lines.append(number_lines + config["network"].split("\n")[1:])  # not the class
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
             text = f"the run has {old.strip()}, main.py has {new.strip()}"
@@ -1423,7 +1423,7 @@ def get_output_dir(folder):
     return folder.parent.parent if is_in_study(folder) else folder.parent
 
 
-@functools.lru_cache(maxsize=500)  # by time and size: what has changed is read again
+@functools.lru_cache(maxsize=500)  # what has changed is read again
 def read_run(folder, time_changed, size):
     """Return what the overview shows of a run."""
     config = read_config(folder)
@@ -1485,11 +1485,11 @@ def find_images(names):
     for name in names:
         if os.path.isdir(name):
             pattern = os.path.join(glob.escape(name), "*")
-            found = [file for file in glob.glob(pattern) if is_picture(file)]
+            found = filter(is_picture, glob.glob(pattern))
         elif os.path.exists(name):
             found = [name]
         else:
-            found = glob.glob(name)
+            found = filter(os.path.isfile, glob.glob(name))
         files += sorted(found) or [name]  # read_photo says why there is none
     return files
 
@@ -1552,7 +1552,7 @@ def read_frame(image):
     mean_opacity = max(opacity.mean(), 0.001)
     mean_colour = (colours * opacity).mean(axis=(0, 1)) / mean_opacity
     variance = ((colours - mean_colour) ** 2 * opacity).mean() / mean_opacity
-    behind = mean_colour.mean()  # a grey
+    behind = mean_colour.mean()  # seen through what is transparent
     if mean_opacity < 0.5 or variance < 10**2:  # ink alone, nearly one colour
         behind = 255 if behind < 128 else 0  # on white or black
     colours = behind + opacity * (colours - behind)
@@ -1786,7 +1786,7 @@ class OperationTracer(TorchFunctionMode):
         super().__init__()
         self.operations = []
         self.constants = {}
-        self.tensors = [image]  # kept: Python would use the id of a deleted one again
+        self.tensors = [image]  # kept, or Python would use its id again
         weights = model.state_dict(keep_vars=True)
         self.references = {id(weights[name]): {"weight": name} for name in weights}
         self.references[id(image)] = {"tensor": 0}
@@ -1864,7 +1864,7 @@ def describe_network(recorder):
     if half_size > room:
         program_or_problem = {"problem": "it is too large for a page"}
         weights = {}
-    # + 1, since a network may have no weights.
+    # + 1: there are no weights if the recording has failed.
     snapshots = choose_snapshots(recorder, weights, room / (half_size + 1))
     precision = torch.float16 if is_half else torch.float32
     try:
@@ -1914,7 +1914,7 @@ def compute_check(recorder, is_half):
             functional_call, predictor, weights, tie_weights=False
         )
     logits = []
-    for image in normalise(images).to(recorder.device):  # one by one, as in the page
+    for image in normalise(images).to(recorder.device):  # as in the page
         logits.append(compute(image[None]).float().flatten().tolist())
     return {"images": encode(images), "logits": logits}
 
@@ -1989,7 +1989,7 @@ def make_parser():
     add = parser.add_argument
     for name, details in FLAGS.items():
         default, allowed, meaning = details
-        kind = type(allowed[0]) if allowed else str
+        kind = type(allowed[0]) if allowed else os.path.expanduser
         choices = allowed if kind is str else None
         meaning += " (default: %(default)s)"
         add(as_flag(name), default=default, type=kind, choices=choices, help=meaning)
@@ -2030,7 +2030,7 @@ def read_settings(argv=None):
 
 
 def check_settings(parser, args):
-    """Exit if a setting is out of range, or does not go with another one."""
+    """Exit if a setting is out of range, or does not fit another one."""
     if args.model not in (*MODELS, "both"):
         text = f"--model {args.model}: add it to MODELS in main.py"
         parser.error(f"{text}, or choose one of {', '.join(MODELS)}, both")
@@ -2118,7 +2118,7 @@ def main(argv=None):
     folder = None
     status = 1  # failed, unless set below
     resumable = True  # not after wrong input, or if the training has diverged
-    keeps_unsaved = True  # without a checkpoint; not after a bug or wrong input
+    keeps_unsaved = True  # a folder with no checkpoint; not after a bug or wrong input
     try:
         args = read_settings(argv)
         if args.predict:

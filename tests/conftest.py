@@ -182,10 +182,9 @@ def normalise(images):
 def make_environment(home, **more):
     """Return an environment with no Comet key and no proxy, its home in this folder."""
     home.mkdir(parents=True, exist_ok=True)
-    own = "COMET", "PYTHON"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COMET", "PYTHON"))}
     places = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), str(home))
-    return kept | places | {"no_proxy": "*"} | more
+    return env | places | {"no_proxy": "*"} | more
 
 
 def complete(folder, *arguments, **more):

@@ -89,6 +89,7 @@ def test_what_is_there_and_what_is_possible_is_told(refusal, tmp_path):
     assert all(name in refusal("--optimizer", "x") for name in ("sgd", "adam"))
     assert "needs --lr" in refusal("--recipe", "accurate", "--optimizer", "adam")
     assert {"1", "60000"} <= set(re.findall(r"\d+", refusal("--batch-size", 0)))
+    assert main.read_settings(["--data-dir=~/d"]).data_dir == str(Path.home() / "d")
     for path in ("a_file/sub", "a_file"):
         line = refusal("--output-dir", path, "--comet", "off")
         assert "--output-dir" in line and path in line

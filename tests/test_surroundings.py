@@ -189,8 +189,9 @@ def test_what_was_offline_is_sent_when_the_network_is_back(tmp_path, monkeypatch
     assert len(steps) == len(set(steps)) and steps[0] == 1
 
 
-def test_an_empty_key_is_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "COMET_API_KEY", "")
+@pytest.mark.parametrize("key", ["", None])
+def test_an_empty_key_is_none(tmp_path, monkeypatch, key):
+    monkeypatch.setattr(main, "COMET_API_KEY", key)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(main.UserError, match="needs an API key"):
         main.start_comet("online", tmp_path, None)
