@@ -288,7 +288,7 @@ def train_run(args, folder):
         print_layers(make_model(args.model))  # torchsummary wants it on the CPU
         for epoch in range(recorder.epochs_done + 1, args.epochs + 1):
             recorder.start_epoch()
-            # A seed for each epoch, of 10,000: a resumed run goes on exactly.
+            # A seed for each epoch (10,000 at most): a resumed run is the same.
             torch.manual_seed(10_001 * args.seed + epoch)
             # The share of process RANK, of WORLD_SIZE; without torchrun, everything:
             mine = slice(RANK, None, WORLD_SIZE)
@@ -398,7 +398,7 @@ def print_layers(model):
         with redirect_stdout(table):
             summary(model, (1, 28, 28), device="cpu")
         print(table.getvalue(), end="")
-    except Exception as error:  # noqa: BLE001, a layer may return more than a tensor
+    except Exception as error:  # noqa: BLE001, a layer may return a tuple
         print(f"No table of layers: torchsummary cannot read this network ({error})")
     count = count_parameters(model)
     if f"Total params: {count:,}\n" not in table.getvalue():
@@ -418,7 +418,7 @@ LABEL_SMOOTHING = 0.05  # Szegedy et al. 2016, arXiv:1512.00567
 ANGLE = 5  # degrees: largest rotation and shear
 SCALE = 0.1  # fraction of the size: largest change
 SHIFT = 2  # pixels: largest shift
-RISING = 0.3  # share of the steps in which the learning rate rises
+RISING = 0.3  # share of steps with a rising lr: above 0, below 1
 STROKES = 1 / 3  # share of batches with thicker strokes; as many have thinner ones
 
 
@@ -500,8 +500,8 @@ def make_predictor(model, recipe):
 
 
 # ===== The recorder ===================
-# It shows and saves the progress of training. LossHistory and PeriodicPlotter are like
-# those of mitdeeplearning.util 0.7.5.
+# It shows and saves the progress of training. LossHistory and
+# PeriodicPlotter are like those of mitdeeplearning.util 0.7.5.
 
 PER_EPOCH = "train_loss", "train_accuracy", "epoch_seconds"
 PER_EPOCH += "test_loss_per_epoch", "test_accuracy_per_epoch"
@@ -781,7 +781,7 @@ class Recorder:
         # `kind`: the class of what ended the run early, or None
         states = {None: "finished", KeyboardInterrupt: "stopped"}
         state = states.get(kind, "failed")
-        with suppress(OSError):  # nobody reads what it prints
+        with suppress(OSError):  # nobody may read it
             self.bar.close()
         if state == "stopped" and RANK == 0:
             warn(f"stopped after {self.epochs_done} of {self.args.epochs} epochs")
@@ -1027,7 +1027,7 @@ def open_experiment(mode, folder, experiment_key):
     """Return what start_comet returns; raise whatever Comet raises."""
     import comet_ml
 
-    shows_key = COMET_API_KEY not in NO_KEY  # in the code and in its git patch
+    key_in_code = COMET_API_KEY not in NO_KEY  # and in its git patch
     api_key = comet_ml.get_config("comet.api_key") or COMET_API_KEY
     if mode == "online" and api_key in NO_KEY:
         raise UserError("--comet online needs an API key: set COMET_API_KEY")
@@ -1043,8 +1043,8 @@ def open_experiment(mode, folder, experiment_key):
         "mode": "get_or_create" if experiment_key else "create",
         "experiment_config": comet_ml.ExperimentConfig(
             offline_directory=directory,
-            log_code=not shows_key,
-            log_git_patch=not shows_key,
+            log_code=not key_in_code,
+            log_git_patch=not key_in_code,
             parse_args=False,
             auto_metric_logging=False,
             auto_param_logging=False,
@@ -1442,8 +1442,8 @@ def read_runs(folder):
     for pattern in "*/metrics.json", "*/*/metrics.json":  # runs; those of studies
         for path in folder.glob(pattern):
             with suppress(Exception):  # not a run, or it cannot be read
-                file = path.stat()
-                run = read_run(path.parent, file.st_mtime_ns, file.st_size)
+                stat = path.stat()
+                run = read_run(path.parent, stat.st_mtime_ns, stat.st_size)
                 name = path.parent.relative_to(folder).as_posix()
                 runs[name] = run | {"name": name}
     return runs
@@ -1634,7 +1634,7 @@ def look_inside(lines, otherwise):
     longest = numbers == lengths.argmax()
     holes = scipy.ndimage.binary_fill_holes(longest) & ~longest
     inner = lengths[numbers * holes]  # for each pixel inside: how long its part is
-    is_frame = inner.max() > 0.08 * max(lengths)  # a digit's loop: only specks
+    is_frame = inner.max() > 0.08 * max(lengths)  # a digit's loop holds specks
     return inner > 0 if is_frame else otherwise
 
 
@@ -1643,7 +1643,7 @@ def cut_out(ink):
     dark = ink > 0.5  # strokes: printed lines are paler
     border = np.ones_like(dark)
     border[1:-1, 1:-1] = False
-    # Without what touches the border, if there is more; then without a drawn frame.
+    # Without what touches the border, if there is more; then without a frame.
     inside = look_inside(dark | border, otherwise=dark)
     inside = look_inside(inside, otherwise=inside)
     numbers, sizes = number_parts(inside, gap=1 + max(dark.shape) // 100)
@@ -1742,7 +1742,7 @@ def predict_files(args):
 
 # ===== The report page ================
 # The parts in data/page, joined and filled in. The page computes what the network
-# computes, call by call as recorded here.
+# does, call by call as recorded here.
 
 PAGE = Path(__file__).resolve().parent / "data" / "page"
 PAGE_TITLE = b"<title>Training report</title>"
@@ -1805,7 +1805,7 @@ class OperationTracer(TorchFunctionMode):
         return self.references[id(value)]
 
     def as_json(self, value):
-        text = json.dumps(value, default=self.as_reference)
+        text = json.dumps(value, default=self.as_reference)  # instead of tensors
         return json.loads(text, parse_constant=str)  # "-Infinity"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -1967,7 +1967,7 @@ FLAGS = {  # name: (default, allowed, help); allowed: choices, or lowest and hig
     "comet": (COMET, ("auto", "online", "offline", "off"), "auto: online with a key"),
 }
 DEFAULTS = {name: details[0] for name, details in FLAGS.items()}
-# Where a run happens; not taken from the run that is resumed:
+# Where a run happens; not taken from a resumed run:
 SURROUNDINGS = "device", "data_dir", "output_dir", "comet"
 
 
@@ -1994,7 +1994,7 @@ def make_parser():
         meaning += " (default: %(default)s)"
         add(as_flag(name), default=default, type=kind, choices=choices, help=meaning)
     add("--compare", action="store_const", dest="model", const="both")
-    add("--resume", type=Path, help="continue a run: its folder")
+    add("--resume", type=os.path.expanduser, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
     return parser
@@ -2012,7 +2012,7 @@ def read_settings(argv=None):
     folder = None
     saved = {}  # the settings of the run to resume
     if args.resume:
-        folder = args.resume.resolve()  # since "." has no name and no parent
+        folder = Path(args.resume).resolve()  # since "." has no name and no parent
         if os.path.isfile(folder):
             folder = folder.parent  # runs/NAME/checkpoint.pt
         saved = read_config(folder)["settings"]
