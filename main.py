@@ -1994,7 +1994,7 @@ def make_parser():
         meaning += " (default: %(default)s)"
         add(as_flag(name), default=default, type=kind, choices=choices, help=meaning)
     add("--compare", action="store_const", dest="model", const="both")
-    add("--resume", type=os.path.expanduser, help="continue a run: its folder")
+    add("--resume", type=Path, help="continue a run: its folder")
     add("--predict", nargs="+", metavar="IMAGE", help="classify images, folders, *.png")
     add("--checkpoint", metavar="FILE", help="the model.pt (default: the newest)")
     return parser
@@ -2012,7 +2012,7 @@ def read_settings(argv=None):
     folder = None
     saved = {}  # the settings of the run to resume
     if args.resume:
-        folder = Path(args.resume).resolve()  # since "." has no name and no parent
+        folder = Path(os.path.expanduser(args.resume)).resolve()  # "." has no name
         if os.path.isfile(folder):
             folder = folder.parent  # runs/NAME/checkpoint.pt
         saved = read_config(folder)["settings"]

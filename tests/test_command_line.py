@@ -185,7 +185,7 @@ def test_resume_wants_the_folder_of_a_run(refusal, trained, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(main, "MODELS", {"own": main.CNN})  # as in a notebook
         assert "MODELS in main.py, or choose one of own" in refusal("--model=cnn")
-    for path in ("nothing_there", tmp_path):
+    for path in ("nothing_there", tmp_path, ""):
         assert "not a run folder" in refusal("--resume", path)
     for text in (b"", b"7", b'{"settings": []}', b"\xff\0", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(text)
