@@ -556,7 +556,7 @@ class PeriodicPlotter:
 
     def make_figure(self, data):
         self.figure = Figure(figsize=(7, 4))
-        margins = {"left": 0.14, "right": 0.98, "bottom": 0.13, "top": 0.97}
+        margins = {"left": 0.16, "right": 0.98, "bottom": 0.13, "top": 0.97}
         axes = self.figure.subplots(gridspec_kw=margins)
         getattr(axes, self.method)(range(1, len(data) + 1), data, color=BLUE)
         axes.set(**self.axis_labels)
